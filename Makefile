@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine (Python >= 3.11 with venv and pip): `make pretrain` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: pretrain test check test-integration clean
+pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
+	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
+
+test: check  ## style, types, layers and the default tests, under ten minutes
+	$(BIN)/pytest --cov
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
+	$(BIN)/pytest -m integration
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[deepspeed,digits,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
