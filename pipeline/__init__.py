@@ -1,0 +1,1 @@
+"""How a Vision Transformer is trained: from WebDataset shards to checkpoints, on any number of ranks."""

@@ -1,0 +1,238 @@
+"""The only assembler: RunConfig -> Run."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
+from pipeline.data.digits import write_digits
+from pipeline.data.index import Index, expand_urls, load_index, read_classes
+from pipeline.data.loader import Loader, evaluation_stream, train_stream
+from pipeline.engine import BatchPlan, Engine, build_engine, plan_batch
+from pipeline.errors import UserError
+from pipeline.monitor.meter import Meter, peak_flops
+from pipeline.optimizer import build_optimizer
+from pipeline.run_dir import RunDir
+from pipeline.runtime import Ranks, StopSignal, StopVote
+from pipeline.schedule import learning_rate
+from pipeline.trainer import Trainer
+from vit.model import ViT, ViTConfig, training_flops
+
+
+@dataclass
+class Run:
+    """A run that is ready to train, with what belongs to it outside of the loop."""
+
+    config: RunConfig
+    ranks: Ranks
+    engine: Engine
+    run_dir: RunDir
+    trainer: Trainer
+
+
+def prepare_data(config: RunConfig, ranks: Ranks) -> None:
+    """Writes the embedded data set where the config asks for it and it isn't there yet; rank 0 only."""
+    if config.data.prepare != "digits" or not ranks.is_main or not config.data.train:
+        return
+    folder = os.path.dirname(expand_urls(config.data.train)[0])
+    if not os.path.exists(f"{folder}/index.json"):
+        write_digits(folder)
+
+
+def check_labels(index: Index, num_classes: int) -> None:
+    """Raises UserError for a shard whose labels the model has no output for."""
+    for shard in index.shards:
+        if shard.labels[1] >= num_classes:
+            raise UserError(
+                f"{shard.url}: label {shard.labels[1]} is out of range: model.num_classes={num_classes};"
+                f" set model.num_classes={shard.labels[1] + 1} or mend the shard"
+            )
+        if shard.labels[0] < 0:
+            raise UserError(f"{shard.url}: some samples have no label; expected a member cls in each")
+
+
+def build_model(config: ViTConfig, seed: int) -> ViT:
+    """The model with its initial weights, the same on every rank."""
+    with torch.device("meta"):
+        model = ViT(config)
+    model.to_empty(device="cpu")
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def identity(config: RunConfig, index: Index) -> dict[str, Any]:
+    """What must stay the same through a run's life: all options that may not change, and the data itself."""
+    fixed = {key: value for key, value in fixed_options(config) if not key.startswith("monitor")}
+    return {**fixed, "data.train (names, sizes and counts of the shards)": index.identity()}
+
+
+def build(config: RunConfig, ranks: Ranks, stop: StopSignal) -> Run:
+    """Checks everything that can be checked, joins the ranks, loads the newest checkpoint.
+
+    Raises:
+        UserError: a mistake of the user's, before anything is trained or overwritten.
+    """
+    plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
+    assert config.run.dir is not None
+    run_dir = RunDir(config.run.dir)
+    engine = build_engine(config.engine, plan, ranks)
+    if ranks.is_main:
+        prepare_data(config, ranks)
+    engine.barrier()
+    index = load_index(config.data.train)
+    check_labels(index, config.model.num_classes)
+    classes = read_classes(config.data.train)
+    total_steps = config.run.total_steps(index.samples, plan.global_batch)
+    if ranks.is_main:
+        run_dir.open(identity(config, index))
+    engine.barrier()
+    start_step, state = restore(run_dir, ranks)
+    stream = train_stream(
+        config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
+        config.run.seed, ranks, start_step,
+    )  # fmt: skip
+    train = Loader(stream, config.data.workers, engine.device)
+    val = build_evaluation(config, engine, ranks) if config.data.val else None
+    if ranks.is_main and start_step < total_steps:
+        device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "CPU"
+        run_dir.start(to_yaml(config), classes, ranks.world_size, device)
+    model = build_model(config.model, config.run.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine.prepare(model, optimizer, state)
+    sinks = []
+    if ranks.is_main and start_step < total_steps:
+        sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]
+        for sink in sinks:
+            sink.text("config", to_yaml(config))
+    peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
+    trainer = Trainer(
+        settings=config.run,
+        engine=engine,
+        objective=config.objective,
+        schedule=lambda step: learning_rate(step, total_steps, config.schedule),
+        train=train,
+        val=val,
+        sinks=sinks,
+        meter=Meter(training_flops(config.model), peak, ranks.world_size),
+        vote=StopVote(stop, ranks.world_size),
+        save=saver(config, engine, run_dir, ranks, classes),
+        profiler=build_profiler(config, run_dir) if ranks.is_main else None,
+        class_names=classes or [],
+        checkpoint_every=config.checkpoint.every_steps,
+        start_step=start_step,
+        total_steps=total_steps,
+        samples=index.samples,
+        last_evaluation={},
+    )
+    return Run(config, ranks, engine, run_dir, trainer)
+
+
+def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> Loader:
+    index = load_index(config.data.val)
+    check_labels(index, config.model.num_classes)
+    size, classes = config.model.image_size, config.model.num_classes
+    stream = evaluation_stream(config.data, index, config.augment.val, size, classes, ranks)
+    return Loader(stream, max(config.data.workers, 1) if config.data.workers else 0, engine.device)
+
+
+def restore(run_dir: RunDir, ranks: Ranks) -> tuple[int, Any]:
+    """The step to go on from, and the state of the newest whole checkpoint."""
+    path, skipped = checkpoint.latest(run_dir.checkpoints)
+    if ranks.is_main:
+        for reason in skipped:
+            print(f"skipped {reason}", file=sys.stderr)
+    if path is None:
+        return 0, None
+    facts = checkpoint.load_state(path)
+    if ranks.is_main:
+        print(f"resuming from {path}", flush=True)
+    return facts["step"], checkpoint.load(path, facts["updates"])
+
+
+def saver(
+    config: RunConfig, engine: Engine, run_dir: RunDir, ranks: Ranks, classes: list[str] | None
+) -> Callable[[int], None]:
+    facts = {"config": to_tree(config), "classes": classes}
+
+    def save(step: int) -> None:
+        state = engine.state()
+        if ranks.is_main:
+            checkpoint.save(run_dir.checkpoints, step, state, facts, config.checkpoint.keep_last)
+        engine.barrier()
+
+    return save
+
+
+def build_profiler(config: RunConfig, run_dir: RunDir) -> Any:
+    """A torch profiler for the configured steps, written where TensorBoard and Perfetto open it."""
+    wanted = config.run.profile
+    if wanted.steps == 0:
+        return None
+    from torch import profiler
+
+    activities = [profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(profiler.ProfilerActivity.CUDA)
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+    write_trace = profiler.tensorboard_trace_handler(run_dir.file("profile"))
+
+    def ready(finished: Any) -> None:
+        write_trace(finished)
+        if torch.cuda.is_available():
+            torch.cuda.memory._dump_snapshot(run_dir.file("profile/memory_snapshot.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    skip = max(wanted.start_step - 1, 0)
+    plan = profiler.schedule(wait=0, skip_first=skip, warmup=1, active=wanted.steps, repeat=1)
+    recorder = profiler.profile(activities=activities, schedule=plan, on_trace_ready=ready)
+    recorder.start()
+    return recorder
+
+
+def explain_memory_error(error: BaseException, plan: BatchPlan) -> UserError | None:
+    """The user's version of an out-of-memory error, or None for any other."""
+    text = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        return None
+    half = max(plan.micro_batch // 2, 1)
+    return UserError(
+        f"out of memory with engine.micro_batch_size={plan.micro_batch}; set engine.micro_batch_size={half}"
+        f" (the global batch stays {plan.global_batch}); earlier checkpoints are whole"
+    )
+
+
+def summary(run: Run, status: str, step: int, command: str) -> str:
+    """What a finished run says of itself."""
+    trainer, path = run.trainer, run.run_dir.path
+    lines = [f"{status} after step {step} of {trainer.total_steps}"]
+    if "val/top1" in trainer.last_evaluation:
+        found = trainer.last_evaluation
+        lines.append(f"  held-out top-1  {found['val/top1']:.2%} of {found['val/count']:.0f} images")
+    if trainer.meter.total_seconds:
+        lines.append(f"  speed           {trainer.meter.total_images / trainer.meter.total_seconds:.0f} images/s")
+    lines += [
+        f"  run directory   {path}",
+        f"  TensorBoard     tensorboard --logdir {path}",
+        f"  resume          {command}",
+    ]
+    return "\n".join(lines)
+
+
+def finished_evaluation(run_dir: RunDir) -> dict[str, float]:
+    """The last evaluation in a run's metrics, for a run that was complete already."""
+    found: dict[str, float] = {}
+    try:
+        with open(run_dir.file("metrics.jsonl")) as file:
+            for line in file:
+                values = json.loads(line)
+                if "val/top1" in values:
+                    found = {k: v for k, v in values.items() if k.startswith("val/")}
+    except (OSError, ValueError):
+        pass
+    return found

@@ -1,0 +1,259 @@
+"""YAML and `key=value` -> one frozen RunConfig, composed of the modules' own configs.
+
+Everything wrong is refused with the file, the key, what was found and what is expected.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import pkgutil
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.checkpoint import CheckpointConfig
+from pipeline.data.loader import DataConfig
+from pipeline.engine import EngineConfig
+from pipeline.errors import UserError
+from pipeline.optimizer import OptimizerConfig
+from pipeline.options import option
+from pipeline.schedule import ScheduleConfig
+from pipeline.trainer import RunSettings
+from vit.model import ViTConfig
+
+CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    train: tuple[Any, ...] = option((), "policies for training, in order", plugins="data.augment")
+    val: tuple[Any, ...] = option((), "policies for evaluation, in order", plugins="data.augment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run: RunSettings
+    model: ViTConfig = ViTConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    objective: Any = option("classification", "what is minimised", plugins="objectives")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: tuple[Any, ...] = option(
+        ("jsonl", "tensorboard", "progress"), "where metrics go", plugins="monitor", may_change=True
+    )
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `key=value` overrides.
+
+    Raises:
+        UserError: anything that the file or an override gets wrong.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: config not found; the configs here are: {', '.join(list_configs())}")
+    with open(path) as file:
+        try:
+            tree = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not readable YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
+    tree = _expand_model(tree, path)
+    sources: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"command line: {override!r}: expected key=value, such as optimizer.weight_decay=0.1")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        layer: Any = value
+        for part in reversed(key.split(".")):
+            layer = {part: layer}
+        tree = _merge(tree, _expand_model(layer, "command line"))
+        sources[key] = "command line"
+    config = _Parser(path, sources).parse(RunConfig, tree, "")
+    if config.run.dir is None:
+        name = os.path.splitext(os.path.basename(path))[0]
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
+    return config
+
+
+def config_from_tree(tree: Any, source: str) -> RunConfig:
+    """A config from plain values, such as a checkpoint keeps.
+
+    Raises:
+        UserError: anything that does not fit; `source` names where it came from.
+    """
+    return _Parser(source, {}).parse(RunConfig, tree, "")
+
+
+def list_configs() -> list[str]:
+    return sorted(f"configs/{name}" for name in os.listdir(CONFIG_FOLDER) if name.endswith(".yaml"))
+
+
+def _expand_model(tree: dict, source: str) -> dict:
+    if not isinstance(tree.get("model"), dict):
+        return tree
+    try:
+        return {**tree, "model": ViTConfig.expand(tree["model"])}
+    except ValueError as error:
+        raise UserError(f"{source}: model.{error}") from None
+
+
+def _merge(base: Any, layer: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(layer, dict):
+        return layer
+    return {**base, **{key: _merge(base.get(key), value) for key, value in layer.items()}}
+
+
+class _Parser:
+    """Walks a tree of plain values beside the dataclasses' types."""
+
+    def __init__(self, path: str, sources: Mapping[str, str]):
+        self.path, self.sources = path, sources
+
+    def fail(self, key: str, message: str) -> typing.NoReturn:
+        source = next((s for k, s in self.sources.items() if k == key or k.startswith(key + ".")), self.path)
+        raise UserError(f"{source}: {key}: {message}")
+
+    def parse(self, cls: type, tree: Any, prefix: str) -> Any:
+        if not isinstance(tree, dict):
+            self.fail(prefix.rstrip("."), f"expected a section with keys, found {tree!r}")
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in tree:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here are {', '.join(known)}"
+                self.fail(f"{prefix}{key}", f"unknown key; {hint}")
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for name, spec in known.items():
+            key, plugins = f"{prefix}{name}", spec.metadata.get("plugins")
+            if plugins:
+                values[name] = self.plugins(plugins, tree.get(name, spec.default), key)
+            elif dataclasses.is_dataclass(hints[name]):
+                values[name] = self.parse(typing.cast(type, hints[name]), tree.get(name, {}), f"{key}.")
+            elif name in tree:
+                values[name] = self.value(hints[name], tree[name], key)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            first = str(error).partition(":")[0]
+            self.fail(f"{prefix}{first}", str(error).partition(": ")[2])
+
+    def plugins(self, package: str, given: Any, key: str) -> Any:
+        if isinstance(given, (list, tuple)):
+            return tuple(self.plugin(package, item, f"{key}[{i}]") for i, item in enumerate(given))
+        return self.plugin(package, given, key)
+
+    def plugin(self, package: str, given: Any, key: str) -> Any:
+        fields = {"name": given} if isinstance(given, str) else given
+        if not isinstance(fields, dict) or "name" not in fields:
+            self.fail(key, f"expected {{name: ...}}, found {given!r}; known are {', '.join(plugin_names(package))}")
+        name = fields["name"]
+        if name not in plugin_names(package):
+            near = difflib.get_close_matches(str(name), plugin_names(package), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            self.fail(f"{key}.name", f"unknown {name!r}; {hint}known are {', '.join(plugin_names(package))}")
+        options = {k: v for k, v in fields.items() if k != "name"}
+        return self.parse(plugin_config(package, name), options, f"{key}.")
+
+    def value(self, hint: Any, given: Any, key: str) -> Any:
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (types.UnionType, typing.Union):
+            if given is None:
+                return None
+            return self.value(next(a for a in arguments if a is not type(None)), given, key)
+        if origin is typing.Literal:
+            given = "no" if given is False and "no" in arguments else given  # YAML reads a bare no as false
+            if given not in arguments:
+                self.fail(key, f"expected one of {', '.join(map(repr, arguments))}, found {given!r}")
+            return given
+        if origin is tuple:
+            items = given if isinstance(given, list) else [given]
+            return tuple(self.value(arguments[0], item, key) for item in items if item is not None)
+        if hint is float and isinstance(given, (int, float, str)) and not isinstance(given, bool):
+            try:
+                return float(given)  # PyYAML reads 1e-3 as a string
+            except ValueError:
+                pass
+        if hint is int and isinstance(given, (float, str)) and not isinstance(given, bool):
+            try:
+                if float(given) == int(float(given)):
+                    return int(float(given))
+            except (ValueError, OverflowError):
+                pass
+        if type(given) is hint:
+            return given
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        self.fail(key, f"expected {names.get(hint, hint)}, found {given!r}")
+
+
+def plugin_names(package: str) -> list[str]:
+    """The files of a plugin folder that define a Config: the folder is the registry."""
+    module = importlib.import_module(f"pipeline.{package}")
+    helpers = {"sink", "meter"}
+    return sorted(m.name for m in pkgutil.iter_modules(module.__path__) if m.name not in helpers)
+
+
+def plugin_config(package: str, name: str) -> type:
+    return importlib.import_module(f"pipeline.{package}.{name}").Config
+
+
+def to_tree(config: Any) -> Any:
+    """Plain values that `load_config` reads back to an equal config."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        tree = {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        if type(config).__name__ == "Config":  # a plugin
+            return {"name": type(config).__module__.rsplit(".", 1)[-1], **tree}
+        return tree
+    if isinstance(config, tuple):
+        return [to_tree(item) for item in config]
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def fixed_options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options that must stay the same when a run is resumed."""
+    for spec in dataclasses.fields(config):
+        value, key = getattr(config, spec.name), f"{prefix}{spec.name}"
+        if spec.metadata.get("may_change"):
+            continue
+        if dataclasses.is_dataclass(value) and not spec.metadata.get("plugins"):
+            yield from fixed_options(value, f"{key}.")
+        else:
+            yield key, to_tree(value)
+
+
+def describe_options(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """One line an option, for --help."""
+    hints = typing.get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        key, hint = f"{prefix}{spec.name}", hints[spec.name]
+        plugins = spec.metadata.get("plugins")
+        if dataclasses.is_dataclass(hint):
+            yield from describe_options(typing.cast(type, hint), f"{key}.")
+        elif plugins:
+            yield f"  {key}  {spec.metadata['help']}; one of:"
+            for name in plugin_names(plugins):
+                options = list(describe_options(plugin_config(plugins, name), ""))
+                yield f"    {{name: {name}}}"
+                yield from (f"    {line}" for line in options)
+        else:
+            kind = str(getattr(hint, "__name__", hint)) if typing.get_origin(hint) is None else str(hint)
+            kind = kind.replace("typing.", "")
+            default = yaml.safe_dump(to_tree(spec.default), default_flow_style=True).replace("\n...", "").strip()
+            yield f"  {key} = {default}  ({kind})  {spec.metadata.get('help', '')}"

@@ -1,0 +1,15 @@
+"""Mirrors the image left to right with probability `rate`."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    rate: float = option(0.5, "probability of a flip")
+
+    def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        return image[:, ::-1] if rng.random() < self.rate else image

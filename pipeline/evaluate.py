@@ -1,0 +1,84 @@
+"""Evaluates a checkpoint: `python -m pipeline.evaluate CHECKPOINT --data URLS`."""
+
+import argparse
+import csv
+import os
+import sys
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.config import config_from_tree
+from pipeline.data.index import load_index
+from pipeline.data.loader import Loader, evaluation_stream
+from pipeline.engine import load_weights
+from pipeline.errors import UserError
+from pipeline.runtime import Ranks
+from pipeline.trainer import normalised
+from vit.model import ViT
+
+
+@torch.no_grad()
+def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers: int) -> dict[str, float]:
+    """Counts every sample once; writes one CSV line a sample where asked for.
+
+    Raises:
+        UserError: no whole checkpoint, or bad shards.
+    """
+    from tqdm import tqdm
+
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        path = checkpoint.latest(os.path.join(path, "checkpoints"))[0] or path
+    facts = checkpoint.load_state(path)
+    config = config_from_tree(facts["config"], path)
+    names = facts["classes"] or []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = ViT(config.model)
+    load_weights(model, checkpoint.load(path, 0).weights)
+    model.to(device).eval()
+    index = load_index(urls or config.data.val)
+    size, classes = config.model.image_size, config.model.num_classes
+    alone = Ranks(0, 1, 0, 1)
+    loader = Loader(evaluation_stream(config.data, index, config.augment.val, size, classes, alone), workers, device)
+    sums: dict[str, float] = {}
+    rows: list[list] = []
+    with tqdm(total=index.samples, unit="image") as bar:
+        for batch in loader:
+            logits = model(normalised(batch, torch.float32).images)
+            for name, value in config.objective(lambda _, found=logits: found, batch)[1].items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if predictions:
+                probabilities, best = logits.softmax(1).max(1)
+                for row in batch.valid.nonzero()[:, 0].tolist():
+                    label, guess = int(batch.labels[row]), int(best[row])
+                    named = [names[n] if n < len(names) else str(n) for n in (label, guess)]
+                    rows.append([batch.keys[row], label, guess, *named, f"{float(probabilities[row]):.6f}"])
+            bar.update(int(batch.valid.sum()))
+    loader.close()
+    if predictions:
+        with open(predictions, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["sample", "label", "prediction", "label_name", "prediction_name", "probability"])
+            writer.writerows(rows)
+    count = sums.pop("count")
+    return {**{f"val/{name}": value / count for name, value in sums.items()}, "val/count": count}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest checkpoint)")
+    parser.add_argument("--data", nargs="+", metavar="URL", help="shards; default: the run's validation shards")
+    parser.add_argument("--predictions", metavar="FILE.csv", help="write label and prediction of every sample")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read and decode (2)")
+    parsed = parser.parse_args()
+    try:
+        for name, value in evaluate(parsed.checkpoint, parsed.data, parsed.predictions, parsed.workers).items():
+            print(f"{name} {value:.6g}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Throughput, share of time spent waiting for data, and model FLOPs utilisation."""
+
+import time
+
+# Dense bf16 peaks of the data sheets, in FLOP/s.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+class Meter:
+    """Counts from one `read` to the next. Times are of the host: between log steps nothing waits for the device."""
+
+    def __init__(self, flops_per_image: int, peak: float | None, ranks: int):
+        self.flops_per_image, self.peak, self.ranks = flops_per_image, peak, ranks
+        self.total_images, self.total_seconds = 0, 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
+
+    def add(self, images: int, waited_seconds: float) -> None:
+        self.images += images
+        self.waited += waited_seconds
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.began
+        speed = self.images / seconds
+        values = {"images_per_second": speed, "data_wait_fraction": self.waited / seconds}
+        if self.peak:
+            values["mfu"] = speed * self.flops_per_image / (self.peak * self.ranks)
+        self.total_images += self.images
+        self.total_seconds += seconds
+        self.reset()
+        return values

@@ -1,0 +1,124 @@
+"""The run directory: resolved config, manifest, how the run ended; and what may change when it is resumed."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+from pipeline.errors import UserError
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
+
+
+class RunDir:
+    def __init__(self, path: str):
+        self.path = path
+        self.checkpoints = os.path.join(path, "checkpoints")
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def open(self, identity: dict[str, Any]) -> None:
+        """Makes the directory, or checks that the run in it is this one.
+
+        Raises:
+            UserError: no permission, or another run lies there; names each option that differs.
+        """
+        try:
+            os.makedirs(self.checkpoints, exist_ok=True)
+            with open(self.file(".writable"), "w"):
+                pass
+            os.remove(self.file(".writable"))
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path}: can't be written: {error.strerror}; choose another run.dir"
+            ) from None
+        known = self.read("identity.json")
+        if known is None:
+            if os.listdir(self.checkpoints):
+                raise UserError(f"run.dir={self.path}: holds checkpoints but no identity.json; choose another run.dir")
+            self.write("identity.json", identity)
+            return
+        identity = json.loads(json.dumps(identity))
+        differing = [
+            f"{key}: there {known.get(key)!r}, now {identity.get(key)!r}"
+            for key in sorted(known.keys() | identity.keys())
+            if known.get(key) != identity.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"run.dir={self.path} holds another run; it differs in "
+                + "; ".join(differing)
+                + ". Set these back to resume it, or choose another run.dir"
+            )
+
+    def read(self, name: str) -> Any:
+        try:
+            with open(self.file(name)) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise UserError(f"{self.file(name)}: not readable JSON; restore it or choose another run.dir") from None
+
+    def write(self, name: str, value: Any) -> None:
+        text = value if isinstance(value, str) else json.dumps(value, indent=1)
+        with open(self.file(name + ".part"), "w") as file:
+            file.write(text)
+        os.replace(self.file(name + ".part"), self.file(name))
+
+    def start(self, config_yaml: str, classes: list[str] | None, world_size: int, device: str) -> None:
+        """Writes what this start of the run is; `exit.json` of the last one goes."""
+        self.write("config.yaml", config_yaml)
+        if classes is not None:
+            self.write("classes.json", classes)
+        if os.path.exists(self.file("exit.json")):
+            os.remove(self.file("exit.json"))
+        self.write("manifest.json", manifest(world_size, device))
+
+    def end(self, status: str, step: int, reason: str) -> None:
+        """`exit.json` for launchers, which hide exit codes; the first of several ranks that fail writes it."""
+        if not os.path.isdir(self.path) or os.path.exists(self.file("exit.json")):
+            return
+        self.write("exit.json", {"status": status, "step": step, "reason": reason})
+        record = self.read("manifest.json")
+        if record is not None:
+            self.write("manifest.json", {**record, "ended": now(), "exit": f"{status}: {reason}"})
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def manifest(world_size: int, device: str) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": [sys.executable, *sys.argv],
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "world_size": world_size,
+        "device": device,
+        "host": platform.node(),
+        "started": now(),
+    }
+
+
+def git_revision() -> dict[str, Any] | None:
+    def git(*words: str) -> str:
+        here = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,135 @@
+"""Ranks, devices, signals: the only reader of the launchers' environment variables.
+
+Imports torch only where it is used, so that signals are caught from the first moment of a process.
+"""
+
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_ranks(environ: Mapping[str, str]) -> Ranks:
+    """Reads the variables of torchrun, Accelerate and DeepSpeed (RANK, ...), of srun (SLURM_...), or none of them.
+
+    Raises:
+        UserError: a variable that is no number, or a rank outside of the world.
+    """
+    names = {
+        "rank": ("RANK", "SLURM_PROCID", 0),
+        "world_size": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1),
+        "local_rank": ("LOCAL_RANK", "SLURM_LOCALID", 0),
+        "local_world_size": ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", 1),
+    }
+    # A shell inside of a Slurm job has SLURM_* too, but only a step of srun has a task number of its own.
+    slurm = "RANK" not in environ and "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
+    values = {}
+    for field, (plain, of_slurm, default) in names.items():
+        name = of_slurm if slurm else plain
+        text = environ.get(name, str(default)).split("(")[0].split(",")[0]  # Slurm writes "2(x3)"
+        if not text.isdigit():
+            raise UserError(f"environment variable {name}: expected a number, found {environ[name]!r}")
+        values[field] = int(text)
+    ranks = Ranks(**values)
+    if ranks.rank >= ranks.world_size:
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.world_size}: RANK must be below WORLD_SIZE; start one process per rank"
+        )
+    return ranks
+
+
+def export_ranks(ranks: Ranks, environ: Any) -> None:
+    """Writes what Accelerate and DeepSpeed read, whichever launcher started us."""
+    environ["RANK"] = str(ranks.rank)
+    environ["WORLD_SIZE"] = str(ranks.world_size)
+    environ["LOCAL_RANK"] = str(ranks.local_rank)
+    environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
+    if "MASTER_ADDR" not in environ:
+        environ["MASTER_ADDR"] = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    if "MASTER_PORT" not in environ:
+        job = environ.get("SLURM_JOB_ID")
+        environ["MASTER_PORT"] = str(20000 + int(job) % 20000 if job else free_port())
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a third one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.count = 0
+
+    def install(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._catch)
+        return self
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self.count += 1
+        if self.count >= 3:
+            raise KeyboardInterrupt
+
+
+def ignore_signals() -> None:
+    """For data workers: the group's signal must not kill them before their rank has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopVote:
+    """Lets all ranks agree to stop at the same step, without a device sync.
+
+    Each step starts an all-reduce of the local wish on a CPU group and reads the result of the step before, so the
+    agreement is acted on one step later, at the same step everywhere.
+    """
+
+    def __init__(self, stop: StopSignal, world_size: int):
+        import torch.distributed as dist
+
+        self.stop = stop
+        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self.pending: Any = None
+
+    def agreed(self) -> bool:
+        if self.group is None:
+            return self.stop.name is not None
+        import torch
+        import torch.distributed as dist
+
+        agreed = False
+        if self.pending is not None:
+            work, wish = self.pending
+            work.wait()
+            agreed = bool(wish.item())
+        wish = torch.tensor([1 if self.stop.name else 0])
+        self.pending = dist.all_reduce(wish, group=self.group, async_op=True), wish
+        return agreed
+
+    def close(self) -> None:
+        if self.pending is not None:
+            self.pending[0].wait()
+            self.pending = None

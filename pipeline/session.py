@@ -1,0 +1,93 @@
+"""One start of a training command, from the first signal handler to exit code."""
+
+import argparse
+import os
+import shlex
+import sys
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.runtime import StopSignal, export_ranks, read_ranks
+
+EXIT_USER_ERROR = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    from pipeline.config import describe_options, list_configs
+
+    epilog = "\n".join(["configs:", *(f"  {name}" for name in list_configs()), "", "options (key=value):",
+                        *describe_options()])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Trains a Vision Transformer on WebDataset shards.", epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    from pipeline.config import CONFIG_FOLDER
+
+    parser.add_argument("--config", default=os.path.join(CONFIG_FOLDER, "digits.yaml"), help="YAML file (digits)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be trained, check the shards, and stop"
+    )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses, builds, fits, closes. Returns 0 (finished, or saved after a signal) or 2 (a mistake of the user's)."""
+    stop = StopSignal().install()
+    parsed = parse_arguments(arguments)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    try:
+        return _train(parsed, stop)
+    except UserError as error:
+        where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(parsed.config, parsed.overrides)
+    ranks = read_ranks(os.environ)
+    export_ranks(ranks, os.environ)
+    if parsed.dry_run:
+        from pipeline.report import dry_run
+
+        return dry_run(config, ranks)
+    from pipeline.build import build, explain_memory_error, finished_evaluation, summary
+    from pipeline.engine import plan_batch
+    from pipeline.run_dir import RunDir
+
+    assert config.run.dir is not None
+    run_dir, step = RunDir(config.run.dir), 0
+    run: Any = None
+    try:
+        run = build(config, ranks, stop)
+        complete = run.trainer.start_step >= run.trainer.total_steps
+        if complete:
+            run.trainer.last_evaluation = finished_evaluation(run_dir)
+            status, step = "finished", run.trainer.start_step
+        else:
+            status, step = run.trainer.fit()
+        run.trainer.close()
+        if ranks.is_main:
+            if not complete:
+                reason = "all steps done" if status == "finished" else f"{stop.name or 'a stop on another rank'}"
+                run_dir.end("finished" if status == "finished" else "saved: start me again", step, reason)
+            words = ["accelerate", "launch", "pipeline/train.py", "--config", os.path.relpath(parsed.config)]
+            command = shlex.join([*words, *parsed.overrides])
+            title = "the run is complete:" if complete else ""
+            print("\n" + (title + " " if title else "") + summary(run, status, step, command), flush=True)
+        run.engine.barrier()
+        run.engine.close()
+        return 0
+    except BaseException as error:
+        plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
+        shown = explain_memory_error(error, plan) or error
+        if run is not None:
+            run_dir.end("failed", step, f"rank {ranks.rank}: {shown}")
+            run.trainer.close()
+        if shown is not error:
+            raise shown from None
+        raise

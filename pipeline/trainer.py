@@ -1,0 +1,195 @@
+"""The training loop: `fit` over injected parts, and one optimizer `step`."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.order import DROPOUT
+from pipeline.engine import Engine
+from pipeline.errors import UserError
+from pipeline.metrics import Sums
+from pipeline.monitor.meter import Meter
+from pipeline.monitor.sink import Sink
+from pipeline.options import option
+from pipeline.runtime import StopVote
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    start_step: int = option(10, "first step to record", may_change=True)
+    steps: int = option(0, "steps to record; 0: no profile", may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    dir: str | None = option(None, "run directory; null: runs/<config name>", may_change=True)
+    seed: int = option(0, "seed of the initial weights, the order of the data and all augmentation")
+    steps: int | None = option(None, "length in optimizer steps (exactly one of steps and epochs)", may_change=True)
+    epochs: float | None = option(None, "length in passes over the training data", may_change=True)
+    log_every_steps: int = option(20, "steps between log lines", may_change=True)
+    evaluate_every_steps: int | None = option(None, "steps between evaluations; null: at the end", may_change=True)
+    profile: ProfileConfig = option(ProfileConfig(), "torch profiler", may_change=True)
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps: set exactly one of steps ({self.steps}) and epochs ({self.epochs})")
+        length = self.steps if self.steps is not None else self.epochs
+        if length is not None and length <= 0:
+            raise ValueError(f"steps: the length of the run must be positive, found {length}")
+        if self.log_every_steps < 1:
+            raise ValueError(f"log_every_steps: must be at least 1, found {self.log_every_steps}")
+
+    def total_steps(self, samples: int, global_batch: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return -(-int(self.epochs * samples) // global_batch)
+
+
+def due(step: int, every: int | None, total_steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after `step` steps."""
+    return step == total_steps or (every is not None and step % every == 0)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: Tensor
+    metrics: list[dict[str, Tensor]]
+
+
+@dataclass
+class Trainer:
+    """One run. `fit` is the loop; the parts come from `build.py`."""
+
+    settings: RunSettings
+    engine: Engine
+    objective: Any
+    schedule: Callable[[int], float]
+    train: Loader
+    val: Loader | None
+    sinks: list[Sink]
+    meter: Meter
+    vote: StopVote
+    save: Callable[[int], None]
+    profiler: Any
+    class_names: list[str]
+    checkpoint_every: int
+    start_step: int
+    total_steps: int
+    samples: int
+    last_evaluation: dict[str, float]
+
+    def fit(self) -> tuple[str, int]:
+        """Trains to the end or to a signal. Returns how it ended ("finished" or "saved") and after which step."""
+        sums, saved = Sums(self.engine), self.start_step
+        step = self.start_step
+        batches = iter(self.train)
+        self.meter.reset()
+        while step < self.total_steps:
+            if self.vote.agreed():
+                break
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            if step == self.start_step:
+                self._show_inputs(step, batch)
+            result = self.step(step, batch)
+            step += 1
+            for metrics in result.metrics:
+                sums.add(metrics)
+            self.meter.add(self.engine.plan.global_batch, waited)
+            if due(step, self.settings.log_every_steps, self.total_steps):
+                self._log(step, sums.read(), result.grad_norm)
+            if due(step, self.settings.evaluate_every_steps, self.total_steps):
+                self.evaluate(step)
+            if due(step, self.checkpoint_every, self.total_steps):
+                self.save(step)
+                saved = step
+            self._tell(step)
+        if step != saved and step > 0:
+            self.save(step)
+        return ("finished" if step == self.total_steps else "saved"), step
+
+    def step(self, step: int, batch: Batch) -> StepResult:
+        """One optimizer step over this rank's rows of global batch `step`."""
+        engine, plan = self.engine, self.engine.plan
+        self.engine.model.train()
+        metrics = []
+        for number, micro in enumerate(batch.split(plan.micro_batch)):
+            seed_dropout(self.settings.seed, step, engine.ranks.rank, number)
+            with engine.micro_step():
+                loss_sum, values = self.objective(engine.model, normalised(micro, engine.input_dtype))
+                engine.backward(loss_sum / plan.global_batch)
+                metrics.append(values)
+        return StepResult(engine.step(self.schedule(step)), metrics)
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Counts every validation sample once, on any number of ranks."""
+        if self.val is None:
+            return {}
+        self.engine.model.eval()
+        sums = Sums(self.engine)
+        for batch in self.val:
+            sums.add(self.objective(self.engine.model, normalised(batch, self.engine.input_dtype))[1])
+        self.last_evaluation = {f"val/{name}": value for name, value in sums.read().items()}
+        for sink in self.sinks:
+            sink.scalars(step, self.last_evaluation)
+        self.meter.reset()
+        return self.last_evaluation
+
+    def _log(self, step: int, means: dict[str, float], grad_norm: Tensor) -> None:
+        if not means["loss"] == means["loss"] or abs(means["loss"]) == float("inf"):
+            raise UserError(
+                f"step {step}: the loss is {means['loss']}; nothing was saved since the last checkpoint; lower"
+                " schedule.peak_lr, or set engine.precision=no, and start again"
+            )
+        values = {
+            "epoch": step * self.engine.plan.global_batch / self.samples,
+            "loss": means["loss"],
+            "top1": means["top1"],
+            "learning_rate": self.schedule(step - 1),
+            "grad_norm": float(grad_norm),
+            **self.meter.read(),
+        }
+        for sink in self.sinks:
+            sink.scalars(step, values)
+
+    def _tell(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.step(step)
+        if self.profiler is not None:
+            self.profiler.step()
+
+    def _show_inputs(self, step: int, batch: Batch) -> None:
+        names = self.class_names
+        labels = [names[label] if label < len(names) else str(label) for label in batch.labels[:32].tolist()]
+        for sink in self.sinks:
+            sink.images(step, batch.images[:32], labels)
+
+    def close(self) -> None:
+        self.vote.close()
+        for sink in self.sinks:
+            sink.close()
+        for loader in (self.train, self.val):
+            if loader is not None:
+                loader.close()
+
+
+def normalised(batch: Batch, dtype: torch.dtype) -> Batch:
+    """uint8 pixels to [-1, 1], as the original release has them: (B, 3, S, S)."""
+    images = batch.images.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
+    return Batch(images, batch.labels, batch.valid, batch.keys)
+
+
+def seed_dropout(*key: int) -> None:
+    """Keys dropout and drop path by (seed, step, rank, micro step), so that a resume draws what would have come."""
+    seed = 0
+    for number in (*key, DROPOUT):
+        seed = (seed * 1_000_003 + number + 1) % (1 << 62)
+    torch.manual_seed(seed)
