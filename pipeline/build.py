@@ -37,12 +37,13 @@ class Run:
 
 
 def prepare_data(config: RunConfig, ranks: Ranks) -> None:
-    """Writes the embedded data set where the config asks for it and it isn't there yet; rank 0 only."""
+    """Writes the embedded data set where the config asks for it; rank 0 only, and never into a folder with files."""
     if config.data.prepare != "digits" or not ranks.is_main or not config.data.train:
         return
     folder = os.path.dirname(expand_urls(config.data.train)[0])
-    if not os.path.exists(f"{folder}/index.json"):
-        write_digits(folder)
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        write_digits(folder + ".part")
+        os.rename(folder + ".part", folder)
 
 
 def check_labels(index: Index, num_classes: int) -> None:

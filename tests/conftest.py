@@ -1,0 +1,55 @@
+"""Shared fixtures: the embedded shards, and a way to run the training command as its users do."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["run.epochs=null", "data.workers=1", "run.log_every_steps=1"]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with the embedded data set."""
+    from pipeline.data.digits import write_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(str(folder))
+    return folder
+
+
+def environment():
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def start(*words, launcher=("python",), **options):
+    """Starts `LAUNCHER pipeline/train.py WORDS` from the repository's root."""
+    command = [*launcher, str(ROOT / "pipeline/train.py"), *map(str, words)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), **options)
+
+
+def train(*words, launcher=("python",), **options):
+    """Runs the training command to its end: (exit code, output)."""
+    process = start(*words, launcher=launcher, **options)
+    output, _ = process.communicate(timeout=280)
+    return process.returncode, output
+
+
+def data(folder):
+    return [
+        f"data.train={folder}/train-{{000..003}}.tar",
+        f"data.val={folder}/val-{{000..001}}.tar",
+    ]
+
+
+def two_ranks():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    return ("torchrun", "--nproc-per-node", "2", "--master-port", str(port))

@@ -1,0 +1,176 @@
+"""The training command as its users meet it: a short run, signals, bad input, --help, --dry-run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, SMALL, data, start, train
+
+SHORT = [*SMALL, "run.steps=4"]
+
+
+def test_a_short_run_leaves_what_the_readme_promises(digits, tmp_path):
+    words = [*SHORT, *data(digits), f"run.dir={tmp_path / 'run'}", "run.profile.steps=1", "run.profile.start_step=2"]
+    code, output = train(*words)
+    assert code == 0, output
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    named = {"step", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_fraction"}
+    assert named <= set(lines[0])
+    assert {"val/top1", "val/top5", "val/loss", "val/count"} <= set(lines[-1])
+    assert json.loads((run / "exit.json").read_text())["status"] == "finished"
+    assert json.loads((run / "manifest.json").read_text())["exit"].startswith("finished")
+    assert len(json.loads((run / "classes.json").read_text())) == 10
+    assert list((run / "tensorboard").iterdir())
+    assert list((run / "profile").glob("*.pt.trace.json"))
+    assert "held-out top-1" in output
+
+    code, output = train(*words)
+    assert code == 0, output
+    assert "the run is complete" in output
+
+    code, output = train(*words, "model.depth=3")
+    assert code == 2
+    assert "holds another run; it differs in model.depth: there 4, now 3" in output
+
+    command = [sys.executable, "-m", "pipeline.evaluate", str(run), "--predictions", str(tmp_path / "p.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "val/count 360" in done.stdout, done.stderr
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 361
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_the_step_and_exits_in_order(digits, tmp_path, name):
+    process = start(*SMALL, *data(digits), f"run.dir={tmp_path}", "run.steps=100000")
+    end = time.time() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert time.time() < end
+        time.sleep(0.05)
+    process.send_signal(signal.Signals[name])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    status = json.loads((tmp_path / "exit.json").read_text())
+    assert status["status"] == "saved: start me again"
+    assert status["reason"] == name
+    assert (tmp_path / f"checkpoints/step-{status['step']:08d}/manifest.json").exists()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == status["step"], "a step was lost"
+
+
+def copied(digits, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(digits, folder)
+    return folder
+
+
+def truncate(folder):
+    path = folder / "train-001.tar"
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+BAD = {
+    "missing": (lambda f: (f / "train-002.tar").unlink(), [], "train-002.tar: shard not found; check data.train"),
+    "empty": (lambda f: (f / "train-002.tar").write_bytes(b""), [], "train-002.tar: empty file; write the shard anew"),
+    "truncated": (truncate, [], "train-001.tar: truncated: it has 20000 bytes"),
+    "no index": (lambda f: (f / "index.json").unlink(), [], "no index beside it"),
+    "label": (lambda f: None, ["model.num_classes=9"], "label 9 is out of range: model.num_classes=9; set"),
+    "batch": (lambda f: None, ["engine.micro_batch_size=5"], "engine.micro_batch_size: 5 does not divide"),
+    "patch": (lambda f: None, ["model.image_size=33"], "image_size: 33 is no multiple of patch_size 8"),
+    "misspelt": (lambda f: None, ["optimizer.lrr=1"], "optimizer.lrr: unknown key"),
+    "fp16": (lambda f: None, ["engine.precision=fp16"], "fp16 needs a GPU; use engine.precision=bf16"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(digits, tmp_path, name):
+    spoil, words, message = BAD[name]
+    folder = copied(digits, tmp_path)
+    spoil(folder)
+    code, output = train(*SHORT, *data(folder), f"run.dir={tmp_path / 'run'}", *words)
+    assert code == 2, output
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run/checkpoints").exists() or not os.listdir(tmp_path / "run/checkpoints")
+
+
+def test_a_file_that_is_no_image_names_its_sample(digits, tmp_path):
+    folder = copied(digits, tmp_path)
+    path = folder / "train-001.tar"
+    path.write_bytes(path.read_bytes().replace(b"\x89PNG", b"nope"))
+    code, output = train(*SHORT, *data(folder), f"run.dir={tmp_path / 'run'}")
+    assert code == 2, output
+    assert "can't be decoded: no image" in output
+    assert "train-001.tar: sample" in output
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "run/exit.json").read_text())["status"] == "failed"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 2 MB; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_whole(digits, small_disk):
+    from pipeline import checkpoint
+
+    run = small_disk / "run"
+    words = ["checkpoint.every_steps=2", "checkpoint.keep_last=9", "monitor=[jsonl]", "run.steps=40"]
+    code, output = train(*SMALL, *words, *data(digits), f"run.dir={run}")
+    assert code == 2, output
+    assert "can't write the checkpoint" in output
+    assert "free some space" in output
+    path, skipped = checkpoint.latest(str(run / "checkpoints"))
+    assert path is not None
+    assert not skipped
+
+
+def test_a_run_directory_without_write_permission_is_named(digits, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, output = train(*SHORT, *data(digits), f"run.dir={small_disk / 'run'}")
+    assert code == 2, output
+    assert "can't be written: Read-only file system; choose another run.dir" in output
+
+
+def test_out_of_memory_names_the_micro_batch_and_its_half(digits, tmp_path):
+    words = ["data.global_batch_size=4096", "model.width=1024", "model.mlp_dim=4096", "data.workers=0"]
+    code, output = train(*SHORT, *data(digits), f"run.dir={tmp_path}", *words, preexec_fn=limit_memory)
+    assert code == 2, output
+    assert "engine.micro_batch_size=4096; set engine.micro_batch_size=2048" in output
+
+
+def limit_memory():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+
+
+@pytest.mark.parametrize("words", [["pipeline/train.py"], ["-m", "pipeline.shards"], ["-m", "pipeline.evaluate"]])
+def test_help_explains_itself(words):
+    done = subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+    if words == ["pipeline/train.py"]:
+        for option in ("schedule.peak_lr", "engine.zero_stage", "configs/vit_b16_in1k.yaml", "{name: inception_crop}"):
+            assert option in done.stdout
+
+
+def test_dry_run_of_vit_b16_counts_parameters_and_names_missing_shards():
+    code, output = train("--dry-run", "--config", "configs/vit_b16_in1k.yaml", "engine.micro_batch_size=2")
+    assert code == 2
+    assert "86,567,656 parameters" in output
+    assert "105.15 GFLOP" in output
+    assert "train: data/imagenet/train-0000.tar: shard not found" in output
+    assert "val: ... and 54 more of 64 shards" in output
