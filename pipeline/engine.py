@@ -18,6 +18,7 @@ from pipeline.options import option
 from pipeline.runtime import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET_SIZE = 25_000_000  # gradients reduced together; DeepSpeed's default holds a buffer of 5e8 numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,7 @@ class DeepSpeedEngine(Engine):
             "train_batch_size": self.plan.global_batch,
             "gradient_clipping": 0.0 if own_clip else self.config.grad_clip or 0.0,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": self.config.zero_stage},
+            "zero_optimization": {"stage": self.config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_SIZE},
             "bf16": {"enabled": self.config.precision == "bf16"},
             "fp16": {"enabled": self.config.precision == "fp16"},
             "steps_per_print": 10**9,

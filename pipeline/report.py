@@ -23,17 +23,16 @@ GIB = 1 << 30
 
 
 def state_bytes(parameters: int, zero_stage: int | None, precision: str, ranks: int) -> int:
-    """Bytes of weights, gradients and Adam's moments on one rank (arXiv 1910.02054, section 5).
+    """Bytes of weights, gradients and optimizer on one rank (arXiv 1910.02054, section 5), without padding.
 
-    DDP keeps fp32 weights, gradients and moments: 16 bytes a parameter in any precision. DeepSpeed in bf16 or fp16
-    keeps 2-byte weights and gradients, and fp32 master weights and moments. Stage 1 divides the fp32 states that only
-    the optimizer needs by the ranks, stage 2 the gradients too, stage 3 also the weights.
+    DDP and ZeRO-0 in fp32 keep fp32 weights, gradients and two moments: 16 bytes a parameter, DDP in any precision.
+    DeepSpeed in bf16 or fp16 keeps 2-byte weights and gradients, and fp32 master weights and moments; from stage 1 on
+    it keeps master weights beside fp32 weights too. Stage 1 divides what only the optimizer needs by the ranks,
+    stage 2 the gradients too, stage 3 also the weights.
     """
     half = zero_stage is not None and precision != "no"
     weights, gradients = (2, 2) if half else (4, 4)
-    optimizer = 12 if half or zero_stage in (1, 2, 3) else 8  # ZeRO keeps master weights beside fp32 weights too
-    if zero_stage == 3 and not half:
-        optimizer, weights = 8, 4
+    optimizer = 12 if half or zero_stage in (1, 2, 3) else 8
     divided = {None: 0, 0: 0, 1: optimizer, 2: optimizer + gradients, 3: optimizer + gradients + weights}[zero_stage]
     return round(parameters * (weights + gradients + optimizer - divided + divided / ranks))
 
