@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
 from pipeline.data.digits import write_digits
 from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
-from pipeline.engine import BatchPlan, Engine, build_engine, plan_batch
-from pipeline.errors import UserError
+from pipeline.engine import Engine, build_engine, plan_batch
+from pipeline.errors import PeerLost, UserError
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
@@ -73,15 +74,13 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
     return {**fixed, "data.train (names, sizes and counts of the shards)": index.identity()}
 
 
-def build(config: RunConfig, ranks: Ranks, stop: StopSignal) -> Run:
+def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) -> Run:
     """Checks everything that can be checked, joins the ranks, loads the newest checkpoint.
 
     Raises:
         UserError: a mistake of the user's, before anything is trained or overwritten.
     """
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
-    assert config.run.dir is not None
-    run_dir = RunDir(config.run.dir)
     engine = build_engine(config.engine, plan, ranks)
     if ranks.is_main:
         prepare_data(config, ranks)
@@ -93,6 +92,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal) -> Run:
     if ranks.is_main:
         run_dir.open(identity(config, index))
     engine.barrier()
+    run_dir.opened = True
     start_step, state = restore(run_dir, ranks)
     stream = train_stream(
         config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
@@ -100,9 +100,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal) -> Run:
     )  # fmt: skip
     train = Loader(stream, config.data.workers, engine.device)
     val = build_evaluation(config, engine, ranks) if config.data.val else None
+    devices = engine.device_names()
     if ranks.is_main and start_step < total_steps:
-        device = torch.cuda.get_device_name() if engine.device.type == "cuda" else "CPU"
-        run_dir.start(to_yaml(config), classes, ranks.world_size, device)
+        run_dir.start(to_yaml(config), classes, devices)
     model = build_model(config.model, config.run.seed)
     optimizer = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizer, state)
@@ -129,6 +129,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal) -> Run:
         start_step=start_step,
         total_steps=total_steps,
         samples=index.samples,
+        steps_done=start_step,
         last_evaluation={},
     )
     return Run(config, ranks, engine, run_dir, trainer)
@@ -196,16 +197,20 @@ def build_profiler(config: RunConfig, run_dir: RunDir) -> Any:
     return recorder
 
 
-def explain_memory_error(error: BaseException, plan: BatchPlan) -> UserError | None:
-    """The user's version of an out-of-memory error, or None for any other."""
+def explain(error: BaseException, config: RunConfig, ranks: Ranks) -> BaseException:
+    """The user's version of running out of memory and of losing another rank; any other error as it is."""
     text = str(error)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
-        return None
-    half = max(plan.micro_batch // 2, 1)
-    return UserError(
-        f"out of memory with engine.micro_batch_size={plan.micro_batch}; set engine.micro_batch_size={half}"
-        f" (the global batch stays {plan.global_batch}); earlier checkpoints are whole"
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
+        half = max(plan.micro_batch // 2, 1)
+        return UserError(
+            f"out of memory with engine.micro_batch_size={plan.micro_batch}; set engine.micro_batch_size={half}"
+            f" (the global batch stays {plan.global_batch}); earlier checkpoints are whole"
+        )
+    # gloo's and NCCL's words for a connection that the other side closed
+    if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer|remote process exited", text):
+        return PeerLost("another rank ended and this one can't go on; its own message says why")
+    return error
 
 
 def summary(run: Run, status: str, step: int, command: str) -> str:

@@ -50,6 +50,10 @@ class RunConfig:
         ("jsonl", "tensorboard", "progress"), "where metrics go", plugins="monitor", may_change=True
     )
 
+    def __post_init__(self) -> None:
+        if self.model.channels != 3:
+            raise ValueError(f"model.channels: the shards' images have 3 channels, found {self.model.channels}")
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies `key=value` overrides.

@@ -5,6 +5,7 @@ One class for each strategy, with one interface; the trainer doesn't know which 
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -178,6 +179,16 @@ class Engine:
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
+
+    def device_names(self) -> list[str]:
+        """Host and device of each rank. Collective."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        names = [f"{socket.gethostname()}: {device}"]
+        if self.ranks.world_size > 1:
+            gathered: list[Any] = [None] * self.ranks.world_size
+            torch.distributed.all_gather_object(gathered, names[0])
+            names = gathered
+        return names
 
     def barrier(self) -> None:
         if self.ranks.world_size > 1:

@@ -1,6 +1,7 @@
 """What a config would train: sizes, batch arithmetic, parameter groups, memory, and whether the shards are there."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pipeline.build import check_labels, prepare_data
 from pipeline.config import RunConfig, to_yaml
 from pipeline.data.index import file_size, load_index
 from pipeline.data.loader import Batch
-from pipeline.engine import plan_batch
+from pipeline.engine import REDUCE_BUCKET_SIZE, BatchPlan, plan_batch
 from pipeline.errors import UserError
 from pipeline.optimizer import parameter_groups
 from pipeline.runtime import Ranks
@@ -38,12 +39,16 @@ def state_bytes(parameters: int, zero_stage: int | None, precision: str, ranks: 
 
 
 class PeakMemory(TorchDispatchMode):
-    """Adds up the bytes of all tensors that live while a computation runs, and keeps the largest sum."""
+    """Adds up the bytes of all tensors that a computation makes, while they live, and keeps the largest sum.
 
-    def __init__(self) -> None:
+    Views of the tensors in `given` and writes into them cost nothing.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.live, self.peak = 0, 0
-        self.seen: set[int] = set()
+        self.given = [tensor.untyped_storage() for tensor in given]  # kept, so that no address comes again
+        self.seen = {storage._cdata for storage in self.given}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -68,25 +73,25 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def activation_bytes(config: RunConfig, micro_batch: int, device: str = "cpu") -> int:
+def activation_bytes(config: RunConfig, micro_batch: int, zero: bool) -> int:
     """Peak bytes of activations and temporaries in one micro batch's forward and backward pass, played without data.
 
-    Weights and gradients are not in it.
+    Weights and gradients are not in it. With `zero` the model itself is in the lower precision, else autocast is used.
     """
     half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.engine.precision]
-    zero = config.engine.zero_stage is not None
     size = config.model.image_size
     with FakeTensorMode():
+        torch.set_default_dtype(half if zero else torch.float32)  # `Module.to` does not work on fake tensors
         model = ViT(config.model)
-        if zero:
-            model = model.to(half)
+        torch.set_default_dtype(torch.float32)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        raw = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
-        labels, valid = torch.empty(micro_batch, dtype=torch.int64), torch.empty(micro_batch, dtype=torch.bool)
-        with PeakMemory() as memory:
+        held = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+        with PeakMemory(held) as memory:
+            raw = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
+            labels, valid = torch.empty(micro_batch, dtype=torch.int64), torch.empty(micro_batch, dtype=torch.bool)
             images = raw.to(torch.float32).div_(127.5).sub_(1.0).to(half if zero else torch.float32)
-            with torch.autocast(device, dtype=half, enabled=half != torch.float32 and not zero):
+            with torch.autocast("cpu", dtype=half, enabled=half != torch.float32 and not zero):
                 loss, _ = config.objective(model, Batch(images, labels, valid, []))
             loss.backward()
     return memory.peak
@@ -110,16 +115,29 @@ def dry_run(config: RunConfig, ranks: Ranks) -> int:
     for group in parameter_groups(model.named_parameters(), config.optimizer):
         count = count_parameters(group["params"])
         print(f"  weight decay {group['weight_decay']}: {len(group['params'])} tensors, {count:,} parameters")
-    activations = activation_bytes(config, plan.micro_batch)
-    print(f"memory of one rank of {plan.ranks}, precision {config.engine.precision} (model states + activations):")
-    for stage in (None, 0, 1, 2, 3):
-        states = state_bytes(parameters, stage, config.engine.precision, plan.ranks)
-        name = "DDP   " if stage is None else f"ZeRO-{stage}"
-        chosen = "  <- this config" if stage == config.engine.zero_stage else ""
-        print(
-            f"  {name} {states / GIB:7.3f} + {activations / GIB:.3f} = {(states + activations) / GIB:7.3f} GiB{chosen}"
-        )
+    print_memory(config, plan, parameters)
     return 0 if check_shards(config, ranks) else 2
+
+
+def print_memory(config: RunConfig, plan: BatchPlan, parameters: int) -> None:
+    """A table of strategies by numbers of ranks, at this config's micro batch."""
+    columns = sorted({plan.ranks, 8, 64})
+    print(f"memory of a rank in GiB, by number of ranks, at micro batch {plan.micro_batch} and precision"
+          f" {config.engine.precision}:")  # fmt: skip
+    print(
+        "           activations"
+        + "".join(f"{f'states of {n}':>15}" for n in columns)
+        + f"{'sum of ' + str(plan.ranks):>12}"
+    )
+    for stage in (None, 0, 1, 2, 3):
+        activations = activation_bytes(config, plan.micro_batch, stage is not None)
+        states = [state_bytes(parameters, stage, config.engine.precision, n) for n in columns]
+        if stage == 3:  # its buffer for reducing gradients stays
+            states = [size + REDUCE_BUCKET_SIZE * (2 if config.engine.precision != "no" else 4) for size in states]
+        total = activations + states[columns.index(plan.ranks)]
+        print(f"  {'DDP' if stage is None else f'ZeRO-{stage}':8} {activations / GIB:11.3f}"
+              + "".join(f"{size / GIB:15.3f}" for size in states) + f"{total / GIB:12.3f}"
+              + ("  <- this config" if stage == config.engine.zero_stage else ""))  # fmt: skip
 
 
 def check_shards(config: RunConfig, ranks: Ranks) -> bool:

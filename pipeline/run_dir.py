@@ -18,12 +18,13 @@ class RunDir:
     def __init__(self, path: str):
         self.path = path
         self.checkpoints = os.path.join(path, "checkpoints")
+        self.opened = False  # whether this start may write there
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
 
     def open(self, identity: dict[str, Any]) -> None:
-        """Makes the directory, or checks that the run in it is this one.
+        """Makes the directory, or checks that the run in it is this one; `exit.json` of its last start goes.
 
         Raises:
             UserError: no permission, or another run lies there; names each option that differs.
@@ -55,6 +56,8 @@ class RunDir:
                 + "; ".join(differing)
                 + ". Set these back to resume it, or choose another run.dir"
             )
+        if os.path.exists(self.file("exit.json")):
+            os.remove(self.file("exit.json"))
 
     def read(self, name: str) -> Any:
         try:
@@ -67,26 +70,25 @@ class RunDir:
 
     def write(self, name: str, value: Any) -> None:
         text = value if isinstance(value, str) else json.dumps(value, indent=1)
-        with open(self.file(name + ".part"), "w") as file:
+        partial = self.file(f".{name}.{os.getpid()}.part")
+        with open(partial, "w") as file:
             file.write(text)
-        os.replace(self.file(name + ".part"), self.file(name))
+        os.replace(partial, self.file(name))
 
-    def start(self, config_yaml: str, classes: list[str] | None, world_size: int, device: str) -> None:
-        """Writes what this start of the run is; `exit.json` of the last one goes."""
+    def start(self, config_yaml: str, classes: list[str] | None, devices: list[str]) -> None:
+        """Writes what this start of the run is; `devices` names each rank's."""
         self.write("config.yaml", config_yaml)
         if classes is not None:
             self.write("classes.json", classes)
-        if os.path.exists(self.file("exit.json")):
-            os.remove(self.file("exit.json"))
-        self.write("manifest.json", manifest(world_size, device))
+        self.write("manifest.json", manifest(devices))
 
     def end(self, status: str, step: int, reason: str) -> None:
         """`exit.json` for launchers, which hide exit codes; the first of several ranks that fail writes it."""
-        if not os.path.isdir(self.path) or os.path.exists(self.file("exit.json")):
+        if not self.opened or os.path.exists(self.file("exit.json")):
             return
         self.write("exit.json", {"status": status, "step": step, "reason": reason})
         record = self.read("manifest.json")
-        if record is not None:
+        if record is not None and "ended" not in record:
             self.write("manifest.json", {**record, "ended": now(), "exit": f"{status}: {reason}"})
 
 
@@ -94,7 +96,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def manifest(world_size: int, device: str) -> dict[str, Any]:
+def manifest(devices: list[str]) -> dict[str, Any]:
     versions = {}
     for package in PACKAGES:
         try:
@@ -106,9 +108,8 @@ def manifest(world_size: int, device: str) -> dict[str, Any]:
         "git": git_revision(),
         "python": platform.python_version(),
         "packages": versions,
-        "world_size": world_size,
-        "device": device,
-        "host": platform.node(),
+        "world_size": len(devices),
+        "devices": devices,
         "started": now(),
     }
 

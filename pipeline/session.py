@@ -6,10 +6,11 @@ import shlex
 import sys
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import PeerLost, UserError
 from pipeline.runtime import StopSignal, export_ranks, read_ranks
 
 EXIT_USER_ERROR = 2
+EXIT_PEER_LOST = 1
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
         print(f"error: {where}{error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except PeerLost as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_PEER_LOST
 
 
 def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
@@ -55,15 +59,14 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         from pipeline.report import dry_run
 
         return dry_run(config, ranks)
-    from pipeline.build import build, explain_memory_error, finished_evaluation, summary
-    from pipeline.engine import plan_batch
+    from pipeline.build import build, explain, finished_evaluation, summary
     from pipeline.run_dir import RunDir
 
     assert config.run.dir is not None
-    run_dir, step = RunDir(config.run.dir), 0
+    run_dir = RunDir(config.run.dir)
     run: Any = None
     try:
-        run = build(config, ranks, stop)
+        run = build(config, ranks, stop, run_dir)
         complete = run.trainer.start_step >= run.trainer.total_steps
         if complete:
             run.trainer.last_evaluation = finished_evaluation(run_dir)
@@ -72,9 +75,8 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
             status, step = run.trainer.fit()
         run.trainer.close()
         if ranks.is_main:
-            if not complete:
-                reason = "all steps done" if status == "finished" else f"{stop.name or 'a stop on another rank'}"
-                run_dir.end("finished" if status == "finished" else "saved: start me again", step, reason)
+            reason = "all steps done" if status == "finished" else f"{stop.name or 'a stop on another rank'}"
+            run_dir.end("finished" if status == "finished" else "saved: start me again", step, reason)
             words = ["accelerate", "launch", "pipeline/train.py", "--config", os.path.relpath(parsed.config)]
             command = shlex.join([*words, *parsed.overrides])
             title = "the run is complete:" if complete else ""
@@ -83,10 +85,9 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         run.engine.close()
         return 0
     except BaseException as error:
-        plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
-        shown = explain_memory_error(error, plan) or error
+        shown = explain(error, config, ranks)
+        run_dir.end("failed", run.trainer.steps_done if run else 0, f"rank {ranks.rank}: {shown}")
         if run is not None:
-            run_dir.end("failed", step, f"rank {ranks.rank}: {shown}")
             run.trainer.close()
         if shown is not error:
             raise shown from None

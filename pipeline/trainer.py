@@ -82,6 +82,7 @@ class Trainer:
     start_step: int
     total_steps: int
     samples: int
+    steps_done: int
     last_evaluation: dict[str, float]
 
     def fit(self) -> tuple[str, int]:
@@ -99,7 +100,7 @@ class Trainer:
             if step == self.start_step:
                 self._show_inputs(step, batch)
             result = self.step(step, batch)
-            step += 1
+            self.steps_done = step = step + 1
             for metrics in result.metrics:
                 sums.add(metrics)
             self.meter.add(self.engine.plan.global_batch, waited)

@@ -22,16 +22,16 @@ def digits(tmp_path_factory):
     return folder
 
 
-def environment():
+def environment(more):
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return {**kept, **more, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def start(*words, launcher=("python",), **options):
+def start(*words, launcher=("python",), environ=(), **options):
     """Starts `LAUNCHER pipeline/train.py WORDS` from the repository's root."""
     command = [*launcher, str(ROOT / "pipeline/train.py"), *map(str, words)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), **options)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(dict(environ)), **options)
 
 
 def train(*words, launcher=("python",), **options):
@@ -48,8 +48,11 @@ def data(folder):
     ]
 
 
-def two_ranks():
+def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    return ("torchrun", "--nproc-per-node", "2", "--master-port", str(port))
+        return server.getsockname()[1]
+
+
+def two_ranks():
+    return ("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()))

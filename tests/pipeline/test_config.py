@@ -1,11 +1,22 @@
 """The config: one place for defaults, and a clear refusal of everything else."""
 
+import ast
 import dataclasses
+import typing
 
 import pytest
 import yaml
 
-from pipeline.config import config_from_tree, list_configs, load_config, plugin_config, plugin_names, to_tree, to_yaml
+from pipeline.config import (
+    RunConfig,
+    config_from_tree,
+    list_configs,
+    load_config,
+    plugin_config,
+    plugin_names,
+    to_tree,
+    to_yaml,
+)
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 
@@ -42,6 +53,7 @@ def test_a_variant_on_the_command_line_wins_over_the_file():
         ("augment.train=[resise]", "augment.train[0].name: unknown 'resise'; did you mean 'resize'?"),
         ("run.steps=5", "run.steps: set exactly one of steps (5) and epochs (40.0)"),
         ("nonsense", "'nonsense': expected key=value"),
+        ("model.channels=1", "model.channels: the shards' images have 3 channels, found 1"),
         ("model.variant=B/15", "command line: model.variant: unknown 'B/15'"),
     ],
 )
@@ -61,6 +73,30 @@ def test_every_plugin_can_be_built():
         assert plugin_names(package)
         for name in plugin_names(package):
             assert dataclasses.is_dataclass(plugin_config(package, name)())
+
+
+def attributes_read():
+    """Names of all attributes that the packages' code reads."""
+    for package in ("vit", "pipeline"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    yield node.attr
+
+
+def options(cls):
+    for field in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from options(hint)
+        yield field.name
+
+
+def test_every_option_is_read_somewhere():
+    read = set(attributes_read())
+    plugins = [plugin_config(p, name) for p in ("data.augment", "objectives", "monitor") for name in plugin_names(p)]
+    unread = {name for cls in [RunConfig, *plugins] for name in options(cls)} - read
+    assert not unread
 
 
 def test_no_module_hides_one_of_the_standard_library():
