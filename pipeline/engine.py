@@ -204,6 +204,8 @@ class DeepSpeedEngine(Engine):
 
     def _connect(self) -> Any:
         handlers = [self._process_group()]
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it has found no GPU
         try:
             import deepspeed.ops
         except ImportError:

@@ -82,6 +82,7 @@ BAD = {
     "label": (lambda f: None, ["model.num_classes=9"], "label 9 is out of range: model.num_classes=9; set"),
     "batch": (lambda f: None, ["engine.micro_batch_size=5"], "engine.micro_batch_size: 5 does not divide"),
     "patch": (lambda f: None, ["model.image_size=33"], "image_size: 33 is no multiple of patch_size 8"),
+    "wrong type": (lambda f: None, ["data.workers=many"], "data.workers: expected a whole number, found 'many'"),
     "misspelt": (lambda f: None, ["optimizer.lrr=1"], "optimizer.lrr: unknown key"),
     "fp16": (lambda f: None, ["engine.precision=fp16"], "fp16 needs a GPU; use engine.precision=bf16"),
 }
@@ -157,7 +158,26 @@ def limit_memory():
     resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 
 
-@pytest.mark.parametrize("words", [["pipeline/train.py"], ["-m", "pipeline.shards"], ["-m", "pipeline.evaluate"]])
+def test_a_tar_without_images_is_refused_with_its_sample(tmp_path):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "train-000.tar")) as writer:
+        writer.write({"__key__": "a7", "txt": b"hello", "cls": b"1"})
+    command = [sys.executable, "-m", "pipeline.shards", "index", str(tmp_path / "*.tar")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "train-000.tar: sample a7: no image among its members (cls, txt); expected one of jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "index.json").exists()
+
+
+COMMANDS = [
+    ["pipeline/train.py"], ["-m", "pipeline.evaluate"], ["-m", "pipeline.shards"],
+    *(["-m", "pipeline.shards", command] for command in ("digits", "index", "verify")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_help_explains_itself(words):
     done = subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
