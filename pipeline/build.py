@@ -15,12 +15,14 @@ from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
 from pipeline.data.digits import write_digits
 from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
+from pipeline.data.source import Source
 from pipeline.engine import Engine, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
+from pipeline.ledger import Ledger
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
-from pipeline.runtime import Ranks, StopSignal, StopVote
+from pipeline.runtime import Ranks, StopSignal, Vote
 from pipeline.schedule import learning_rate
 from pipeline.trainer import Trainer
 from vit.model import ViT, ViTConfig, training_flops
@@ -47,16 +49,35 @@ def prepare_data(config: RunConfig, ranks: Ranks) -> None:
         os.rename(folder + ".part", folder)
 
 
-def check_labels(index: Index, num_classes: int) -> None:
-    """Raises UserError for a shard whose labels the model has no output for."""
+def check_labels(index: Index, num_classes: int, max_bad_fraction: float) -> None:
+    """Raises UserError for a shard whose labels the model has no output for, and for too many bad samples."""
     for shard in index.shards:
         if shard.labels[1] >= num_classes:
             raise UserError(
                 f"{shard.url}: label {shard.labels[1]} is out of range: model.num_classes={num_classes};"
                 f" set model.num_classes={shard.labels[1] + 1} or mend the shard"
             )
-        if shard.labels[0] < 0:
-            raise UserError(f"{shard.url}: some samples have no label; expected a member cls in each")
+    bad = [shard for shard in index.shards if shard.bad]
+    count = sum(shard.bad for shard in bad)
+    if count > max_bad_fraction * index.samples:
+        raise UserError(
+            f"{bad[0].url}: {bad[0].bad} samples without an image or without a class as a whole number in a member cls"
+            f" ({count} in all shards; data.max_bad_fraction={max_bad_fraction:g} allows"
+            f" {int(max_bad_fraction * index.samples)}); mend them (python -m pipeline.shards verify lists them), or"
+            " raise data.max_bad_fraction to train on with such rows masked"
+        )
+
+
+def find_train_index(config: RunConfig, ranks: Ranks) -> Index | None:
+    """The training shards' index, checked; None where shards are drawn with replacement."""
+    if config.data.resampled:
+        if config.run.steps is None:
+            raise UserError("run.epochs: data.resampled=true has no epochs; set run.steps and run.epochs=null")
+        return None
+    # One rank asks for the sizes of all shards: a thousand that ask at once would be hard on the file system.
+    index = load_index(config.data.train, ranks.is_main, config.data.index, Source(config.data.read))
+    check_labels(index, config.model.num_classes, config.data.max_bad_fraction)
+    return index
 
 
 def build_model(config: ViTConfig, seed: int) -> ViT:
@@ -68,9 +89,11 @@ def build_model(config: ViTConfig, seed: int) -> ViT:
     return model
 
 
-def identity(config: RunConfig, index: Index) -> dict[str, Any]:
+def identity(config: RunConfig, index: Index | None) -> dict[str, Any]:
     """What must stay the same through a run's life: all options that may not change, and the data itself."""
     fixed = {key: value for key, value in fixed_options(config) if not key.startswith("monitor")}
+    if index is None:
+        return {**fixed, "data.train": list(config.data.train)}
     return {**fixed, "data.train (names, sizes and counts of the shards)": index.identity()}
 
 
@@ -85,10 +108,10 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     if ranks.is_main:
         prepare_data(config, ranks)
     engine.barrier()
-    index = load_index(config.data.train)
-    check_labels(index, config.model.num_classes)
-    classes = read_classes(config.data.train)
-    total_steps = config.run.total_steps(index.samples, plan.global_batch)
+    index = find_train_index(config, ranks)
+    classes = read_classes(config.data.train, Source(config.data.read))
+    epoch_rows = index.samples * config.data.repeats if index else None
+    total_steps = config.run.total_steps(epoch_rows or 0, plan.global_batch)
     if ranks.is_main:
         run_dir.open(identity(config, index))
     engine.barrier()
@@ -99,7 +122,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         config.run.seed, ranks, start_step,
     )  # fmt: skip
     train = Loader(stream, config.data.workers, engine.device)
-    val = build_evaluation(config, engine, ranks) if config.data.val else None
+    val, val_samples = build_evaluation(config, engine, ranks)
     devices = engine.device_names()
     if ranks.is_main and start_step < total_steps:
         run_dir.start(to_yaml(config), classes, devices)
@@ -121,26 +144,31 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         val=val,
         sinks=sinks,
         meter=Meter(training_flops(config.model), peak, ranks.world_size),
-        vote=StopVote(stop, ranks.world_size),
+        vote=Vote(stop, ranks.world_size),
+        ledger=Ledger(engine, run_dir.path, start_step, config.data.max_bad_fraction, config.data.log_samples),
         save=saver(config, engine, run_dir, ranks, classes),
         profiler=build_profiler(config, run_dir) if ranks.is_main else None,
         class_names=classes or [],
         checkpoint_every=config.checkpoint.every_steps,
         start_step=start_step,
         total_steps=total_steps,
-        samples=index.samples,
+        epoch_rows=epoch_rows,
+        val_samples=val_samples,
         steps_done=start_step,
         last_evaluation={},
     )
     return Run(config, ranks, engine, run_dir, trainer)
 
 
-def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> Loader:
-    index = load_index(config.data.val)
-    check_labels(index, config.model.num_classes)
+def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> tuple[Loader | None, int]:
+    """The loader of the validation samples, and their number."""
+    if not config.data.val:
+        return None, 0
+    index = load_index(config.data.val, ranks.is_main, config.data.index, Source(config.data.read))
+    check_labels(index, config.model.num_classes, config.data.max_bad_fraction)
     size, classes = config.model.image_size, config.model.num_classes
     stream = evaluation_stream(config.data, index, config.augment.val, size, classes, ranks)
-    return Loader(stream, max(config.data.workers, 1) if config.data.workers else 0, engine.device)
+    return Loader(stream, config.data.workers, engine.device), index.samples
 
 
 def restore(run_dir: RunDir, ranks: Ranks) -> tuple[int, Any]:

@@ -180,15 +180,18 @@ class Engine:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank. Collective; for rare and small things."""
+        if self.ranks.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
     def device_names(self) -> list[str]:
         """Host and device of each rank. Collective."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        names = [f"{socket.gethostname()}: {device}"]
-        if self.ranks.world_size > 1:
-            gathered: list[Any] = [None] * self.ranks.world_size
-            torch.distributed.all_gather_object(gathered, names[0])
-            names = gathered
-        return names
+        return self.gather_objects(f"{socket.gethostname()}: {device}")
 
     def barrier(self) -> None:
         if self.ranks.world_size > 1:

@@ -11,6 +11,7 @@ from pipeline import checkpoint
 from pipeline.config import config_from_tree
 from pipeline.data.index import load_index
 from pipeline.data.loader import Loader, evaluation_stream
+from pipeline.data.source import Source
 from pipeline.engine import load_weights
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
@@ -36,7 +37,7 @@ def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers
     model = ViT(config.model)
     load_weights(model, checkpoint.load(path, 0).weights)
     model.to(device).eval()
-    index = load_index(urls or config.data.val)
+    index = load_index(urls or config.data.val, folder=config.data.index, source=Source(config.data.read))
     size, classes = config.model.image_size, config.model.num_classes
     alone = Ranks(0, 1, 0, 1)
     loader = Loader(evaluation_stream(config.data, index, config.augment.val, size, classes, alone), workers, device)
@@ -53,7 +54,9 @@ def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers
                     label, guess = int(batch.labels[row]), int(best[row])
                     named = [names[n] if n < len(names) else str(n) for n in (label, guess)]
                     rows.append([batch.keys[row], label, guess, *named, f"{float(probabilities[row]):.6f}"])
-            bar.update(int(batch.valid.sum()))
+            for where, reason in batch.bad:
+                print(f"bad sample, not counted: {where}: {reason}", file=sys.stderr)
+            bar.update(batch.valid_rows)
     loader.close()
     if predictions:
         with open(predictions, "w", newline="") as file:

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.build import check_labels, prepare_data
 from pipeline.config import RunConfig, to_yaml
-from pipeline.data.index import file_size, load_index
+from pipeline.data.index import expand_urls, load_index
 from pipeline.data.loader import Batch
+from pipeline.data.source import Source, is_pipe
 from pipeline.engine import REDUCE_BUCKET_SIZE, BatchPlan, plan_batch
 from pipeline.errors import UserError
 from pipeline.optimizer import parameter_groups
@@ -92,7 +93,7 @@ def activation_bytes(config: RunConfig, micro_batch: int, zero: bool) -> int:
             labels, valid = torch.empty(micro_batch, dtype=torch.int64), torch.empty(micro_batch, dtype=torch.bool)
             images = raw.to(torch.float32).div_(127.5).sub_(1.0).to(half if zero else torch.float32)
             with torch.autocast("cpu", dtype=half, enabled=half != torch.float32 and not zero):
-                loss, _ = config.objective(model, Batch(images, labels, valid, []))
+                loss, _ = config.objective(model, Batch(images, labels, valid, [], micro_batch))
             loss.backward()
     return memory.peak
 
@@ -110,7 +111,7 @@ def dry_run(config: RunConfig, ranks: Ranks) -> int:
     print(f"  {forward_flops(config.model) / 1e9:.2f} GFLOP forward, {training_flops(config.model) / 1e9:.2f} GFLOP"
           " a training step, for one image")  # fmt: skip
     print(f"batch: {plan.global_batch} = {plan.micro_batch} micro batch x {plan.accumulation} accumulation"
-          f" x {plan.ranks} ranks; {config.data.resolved_lanes} lanes")  # fmt: skip
+          f" x {plan.ranks} ranks; {config.data.plan.lanes} lanes")  # fmt: skip
     print("parameter groups:")
     for group in parameter_groups(model.named_parameters(), config.optimizer):
         count = count_parameters(group["params"])
@@ -142,25 +143,23 @@ def print_memory(config: RunConfig, plan: BatchPlan, parameters: int) -> None:
 
 def check_shards(config: RunConfig, ranks: Ranks) -> bool:
     """Prints what is there of the shards, and each (at most ten) that is not."""
-    from pipeline.data.index import expand_urls
-
     prepare_data(config, ranks)
-    fine = True
+    source, fine = Source(config.data.read), True
     for name, urls in (("train", config.data.train), ("val", config.data.val)):
         if not urls:
             continue
-        wrong = []
-        listed = expand_urls(urls)
+        wrong, listed = [], expand_urls(urls)
         for url in listed:
             try:
-                file_size(url)
+                if not is_pipe(url):
+                    source.size(url)
             except UserError as error:
                 wrong.append(str(error))
         try:
-            if not wrong:
-                index = load_index(urls)
-                check_labels(index, config.model.num_classes)
-                steps = config.run.total_steps(index.samples, config.data.global_batch_size)
+            if not wrong and not (config.data.resampled and name == "train"):
+                index = load_index(urls, folder=config.data.index, source=source)
+                check_labels(index, config.model.num_classes, config.data.max_bad_fraction)
+                steps = config.run.total_steps(index.samples * config.data.repeats, config.data.global_batch_size)
                 print(f"{name}: {len(listed)} shards, {index.samples:,} images"
                       + (f", {steps:,} steps" if name == "train" else ""))  # fmt: skip
         except UserError as error:

@@ -100,11 +100,11 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class StopVote:
-    """Lets all ranks agree to stop at the same step, without a device sync.
+class Vote:
+    """What all ranks must know of each other before a step, without asking a device.
 
-    Each step starts an all-reduce of the local wish on a CPU group and reads the result of the step before, so the
-    agreement is acted on one step later, at the same step everywhere.
+    `start` sends, on a CPU group, whether this rank wants to stop and how many of its rows are valid; `finish` brings
+    the answer of all, a step later, when it has long arrived. So all stop before the same step.
     """
 
     def __init__(self, stop: StopSignal, world_size: int):
@@ -114,22 +114,20 @@ class StopVote:
         self.group = dist.new_group(backend="gloo") if world_size > 1 else None
         self.pending: Any = None
 
-    def agreed(self) -> bool:
-        if self.group is None:
-            return self.stop.name is not None
+    def start(self, valid_rows: int) -> None:
         import torch
         import torch.distributed as dist
 
-        agreed = False
-        if self.pending is not None:
-            work, wish = self.pending
-            work.wait()
-            agreed = bool(wish.item())
-        wish = torch.tensor([1 if self.stop.name else 0])
-        self.pending = dist.all_reduce(wish, group=self.group, async_op=True), wish
-        return agreed
+        assert self.pending is None
+        wish = torch.tensor([int(self.stop.name is not None), valid_rows])
+        work = dist.all_reduce(wish, group=self.group, async_op=True) if self.group is not None else None
+        self.pending = work, wish
 
-    def close(self) -> None:
-        if self.pending is not None:
-            self.pending[0].wait()
-            self.pending = None
+    def finish(self) -> tuple[bool, int]:
+        """Whether to stop, and the valid rows of the global batch."""
+        work, wish = self.pending
+        self.pending = None
+        if work is not None:
+            work.wait()
+        stop, rows = wish.tolist()
+        return stop > 0, rows

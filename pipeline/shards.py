@@ -6,16 +6,9 @@ import sys
 
 from pipeline.data.decode import decode
 from pipeline.data.digits import write_digits
-from pipeline.data.index import (
-    IMAGE_SUFFIXES,
-    expand_urls,
-    load_index,
-    load_records,
-    parse_tar,
-    read_range,
-    sample_digest,
-    write_index,
-)
+from pipeline.data.index import expand_urls, load_index, load_records, write_index
+from pipeline.data.source import Source
+from pipeline.data.tar import IMAGE_SUFFIXES, parse_tar, sample_digest
 from pipeline.errors import UserError
 
 
@@ -41,7 +34,7 @@ def verify(urls: list[str]) -> int:
     bad = 0
     for shard in tqdm(load_index(urls, check_sizes=False).shards, unit="shard"):
         try:
-            samples = list(parse_tar(read_range(shard.url, 0, shard.nbytes), shard.url))
+            samples = list(parse_tar(Source().read(shard.url, 0, shard.nbytes), shard.url))
             records = load_records(shard)
             if len(samples) != len(records):
                 raise UserError(f"{shard.url}: {len(samples)} samples, the index says {len(records)}")

@@ -1,7 +1,8 @@
 """The training loop: `fit` over injected parts, and one optimizer `step`."""
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from pipeline.data.loader import Batch, Loader
 from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
 from pipeline.errors import UserError
+from pipeline.ledger import Ledger
 from pipeline.metrics import Sums
 from pipeline.monitor.meter import Meter
 from pipeline.monitor.sink import Sink
 from pipeline.options import option
-from pipeline.runtime import StopVote
+from pipeline.runtime import Vote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +76,19 @@ class Trainer:
     val: Loader | None
     sinks: list[Sink]
     meter: Meter
-    vote: StopVote
+    vote: Vote
+    ledger: Ledger
     save: Callable[[int], None]
     profiler: Any
     class_names: list[str]
     checkpoint_every: int
     start_step: int
     total_steps: int
-    samples: int
+    epoch_rows: int | None  # None: there are no epochs
+    val_samples: int
     steps_done: int
     last_evaluation: dict[str, float]
+    bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
 
     def fit(self) -> tuple[str, int]:
         """Trains to the end or to a signal. Returns how it ended ("finished" or "saved") and after which step."""
@@ -91,33 +96,36 @@ class Trainer:
         step = self.start_step
         batches = iter(self.train)
         self.meter.reset()
+        batch = self._next(batches)
+        self._show_inputs(step, batch)
         while step < self.total_steps:
-            if self.vote.agreed():
+            stop, valid_rows = self.vote.finish()
+            if stop:
                 break
-            began = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            if step == self.start_step:
-                self._show_inputs(step, batch)
-            result = self.step(step, batch)
+            result = self.step(step, batch, valid_rows)
+            self.ledger.add(step, batch)
+            self.bad_rows_seen |= valid_rows < self.engine.plan.global_batch
             self.steps_done = step = step + 1
             for metrics in result.metrics:
                 sums.add(metrics)
-            self.meter.add(self.engine.plan.global_batch, waited)
             if due(step, self.settings.log_every_steps, self.total_steps):
                 self._log(step, sums.read(), result.grad_norm)
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
                 self.evaluate(step)
             if due(step, self.checkpoint_every, self.total_steps):
+                self._settle(step)
                 self.save(step)
                 saved = step
             self._tell(step)
+            if step < self.total_steps:
+                batch = self._next(batches)
         if step != saved and step > 0:
+            self._settle(step)
             self.save(step)
         return ("finished" if step == self.total_steps else "saved"), step
 
-    def step(self, step: int, batch: Batch) -> StepResult:
-        """One optimizer step over this rank's rows of global batch `step`."""
+    def step(self, step: int, batch: Batch, valid_rows: int) -> StepResult:
+        """One optimizer step over this rank's rows of global batch `step`, of which `valid_rows` count on all ranks."""
         engine, plan = self.engine, self.engine.plan
         self.engine.model.train()
         metrics = []
@@ -125,7 +133,7 @@ class Trainer:
             seed_dropout(self.settings.seed, step, engine.ranks.rank, number)
             with engine.micro_step():
                 loss_sum, values = self.objective(engine.model, normalised(micro, engine.input_dtype))
-                engine.backward(loss_sum / plan.global_batch)
+                engine.backward(loss_sum / max(valid_rows, 1))
                 metrics.append(values)
         return StepResult(engine.step(self.schedule(step)), metrics)
 
@@ -138,7 +146,11 @@ class Trainer:
         sums = Sums(self.engine)
         for batch in self.val:
             sums.add(self.objective(self.engine.model, normalised(batch, self.engine.input_dtype))[1])
+            self.ledger.note(step, "val", batch)
         self.last_evaluation = {f"val/{name}": value for name, value in sums.read().items()}
+        if self.last_evaluation["val/count"] < self.val_samples:
+            self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
+            self._stop_if(self.ledger.settle("val", self.val_samples), step)
         for sink in self.sinks:
             sink.scalars(step, self.last_evaluation)
         self.meter.reset()
@@ -150,16 +162,33 @@ class Trainer:
                 f"step {step}: the loss is {means['loss']}; nothing was saved since the last checkpoint; lower"
                 " schedule.peak_lr, or set engine.precision=no, and start again"
             )
-        values = {
-            "epoch": step * self.engine.plan.global_batch / self.samples,
-            "loss": means["loss"],
-            "top1": means["top1"],
-            "learning_rate": self.schedule(step - 1),
-            "grad_norm": float(grad_norm),
-            **self.meter.read(),
-        }
+        values = {"loss": means["loss"], "top1": means["top1"], "learning_rate": self.schedule(step - 1)}
+        if self.epoch_rows is not None:
+            values["epoch"] = step * self.engine.plan.global_batch / self.epoch_rows
+        self._settle(step)
+        if self.ledger.total:
+            values["bad_samples"] = self.ledger.total
+        values |= {"grad_norm": float(grad_norm), **self.meter.read()}
         for sink in self.sinks:
             sink.scalars(step, values)
+
+    def _stop_if(self, problem: str | None, step: int) -> None:
+        if problem is not None:
+            self.save(step)  # nothing is wrong with the weights: the rows were masked
+            raise UserError(problem)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, whose valid rows and the wish to stop are told to all ranks."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.meter.add(self.engine.plan.global_batch, time.perf_counter() - began)
+        self.vote.start(batch.valid_rows)
+        return batch
+
+    def _settle(self, step: int) -> None:
+        if self.bad_rows_seen:
+            self.bad_rows_seen = False
+            self._stop_if(self.ledger.settle("train", self.epoch_rows or step * self.engine.plan.global_batch), step)
 
     def _tell(self, step: int) -> None:
         for sink in self.sinks:
@@ -174,7 +203,7 @@ class Trainer:
             sink.images(step, batch.images[:32], labels)
 
     def close(self) -> None:
-        self.vote.close()
+        self.ledger.close()
         for sink in self.sinks:
             sink.close()
         for loader in (self.train, self.val):
@@ -185,7 +214,7 @@ class Trainer:
 def normalised(batch: Batch, dtype: torch.dtype) -> Batch:
     """uint8 pixels to [-1, 1], as the original release has them: (B, 3, S, S)."""
     images = batch.images.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
-    return Batch(images, batch.labels, batch.valid, batch.keys)
+    return dataclasses.replace(batch, images=images)
 
 
 def seed_dropout(*key: int) -> None:

@@ -5,22 +5,21 @@ Beside the shards lies one index for each folder: `index.json` names the shards 
 """
 
 import hashlib
-import io
 import json
 import os
-import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import fsspec
 import numpy as np
 
+from pipeline.data.source import ReadConfig, Source, is_http, is_local, is_pipe
+from pipeline.data.tar import RECORD, UNLABELLED, scan_shard
 from pipeline.errors import UserError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-RECORD = np.dtype([("offset", "<u8"), ("nbytes", "<u4"), ("label", "<i4"), ("digest", "<u8")])
 INDEX_COMMAND = "python -m pipeline.shards index"
 
 
@@ -31,26 +30,47 @@ class Shard:
     samples: int
     first_record: int  # where this shard's records start in index.bin
     labels: tuple[int, int]  # smallest and largest; (-1, -1) without labels
+    bad: int  # samples without an image or without a label
+    index: str  # the folder of its index
 
 
 @dataclass(frozen=True)
 class Index:
-    """The shards of one data set, in the order in which they were named."""
+    """The shards of one data set, in the order in which they were named.
 
-    shards: tuple[Shard, ...]
+    Columns instead of objects: a hundred thousand shards take a few megabytes, and workers get them at once.
+    """
+
+    urls: list[str]
+    columns: np.ndarray  # (shards, 6): nbytes, samples, first_record, smallest and largest label, bad
+    folders: list[str]
+    folder_numbers: np.ndarray  # (shards,)
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def shard(self, number: int) -> Shard:
+        nbytes, samples, first, low, high, bad = self.columns[number].tolist()
+        folder = self.folders[self.folder_numbers[number]]
+        return Shard(self.urls[number], nbytes, samples, first, (low, high), bad, folder)
+
+    @property
+    def shards(self) -> Iterator[Shard]:
+        return (self.shard(number) for number in range(len(self)))
 
     @property
     def counts(self) -> np.ndarray:
-        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        return self.columns[:, 1]
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return int(self.counts.sum())
 
     def identity(self) -> str:
         """A digest of the data, whatever the folder it lies in: names, sizes and sample counts of the shards."""
-        facts = [[os.path.basename(s.url), s.nbytes, s.samples] for s in self.shards]
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(self.columns[:, :2].astype("<i8").tobytes(), digest_size=8)
+        digest.update("\n".join(os.path.basename(url) for url in self.urls).encode())
+        return digest.hexdigest()
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
@@ -62,223 +82,228 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
     from braceexpand import braceexpand
 
     listed = [urls] if isinstance(urls, str) else list(urls)
-    expanded = [url for pattern in listed for url in braceexpand(pattern)]
+    expanded = [url for text in listed for url in ([text] if is_pipe(text) else braceexpand(text))]
     if not expanded:
         raise UserError("data: no shard is named; set data.train and data.val")
-    repeated = (
-        [url for url in dict.fromkeys(expanded) if expanded.count(url) > 1]
-        if len(set(expanded)) < len(expanded)
-        else []
-    )
-    if repeated:
-        raise UserError(f"{repeated[0]}: named twice; each sample would come twice an epoch")
+    seen: set[str] = set()
+    for url in expanded:
+        if url in seen:
+            raise UserError(f"{url}: named twice; each sample would come twice an epoch")
+        seen.add(url)
     return expanded
 
 
-def file_size(url: str) -> int:
-    """Raises UserError where the file can't be reached."""
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return int(filesystem.size(path))
-    except (FileNotFoundError, IsADirectoryError, TypeError):
-        raise UserError(f"{url}: shard not found; check data.train and data.val") from None
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{url}: can't be reached: {error}") from None
+def write_index(
+    urls: Sequence[str],
+    progress: Any = None,
+    processes: int = 1,
+    folder: str | None = None,
+    limits: ReadConfig | None = None,
+) -> int:
+    """Writes `index.json` and `index.bin` beside the shards (or all to `folder`). Returns the number of samples.
 
-
-def read_range(url: str, start: int, nbytes: int) -> bytes:
-    """Reads exactly `nbytes` bytes from `start`.
+    Shards that the index had before, and that are not named now, stay in it. `progress` has a method `update`.
 
     Raises:
-        UserError: the source gives fewer bytes.
+        UserError: a bad shard, or a count that differs from `_info.json` or `sizes.json` beside it; nothing is
+            written then.
     """
+    urls = expand_urls(list(urls))
+    homes = [home_of(url, folder) for url in urls]
+    for url, home in zip(urls, homes, strict=True):
+        if is_http(home[0]):
+            raise UserError(f"{url}: an index can't be written there; write it elsewhere: index --to FOLDER, and set"
+                            " data.index=FOLDER")  # fmt: skip
+    if len(set(homes)) < len(homes):
+        twice = next(url for url, home in zip(urls, homes, strict=True) if homes.count(home) > 1)
+        raise UserError(f"{twice}: another shard has the same name, and {folder} can hold only one; index them apart")
+    scanned: list[tuple[int, np.ndarray, int]] = []
+    workers = ProcessPoolExecutor(processes) if processes > 1 else None
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        with filesystem.open(path, "rb", cache_type="none") as file:
-            file.seek(start)
-            data = file.read(nbytes)
-    except OSError as error:
-        raise UserError(f"{url}: can't be read at byte {start}: {error}") from None
-    if len(data) != nbytes:
-        raise UserError(
-            f"{url}: truncated at byte {start + len(data)} (the index says there are {start + nbytes});"
-            f" restore the shard, or write its index anew: {INDEX_COMMAND} {url}"
+        found: Iterable[Any] = (
+            workers.map(scan_shard, urls, [limits] * len(urls), chunksize=1)
+            if workers
+            else (scan_shard(url, limits) for url in urls)
         )
-    return data
-
-
-def parse_tar(data: bytes, url: str) -> Iterator[dict[str, Any]]:
-    """Samples of a run of whole tar members, by webdataset's own conventions: {"__key__": ..., "png": bytes, ...}."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    members = tar_file_iterator(io.BytesIO(data))
-    return group_by_keys({**member, "__url__": url} for member in members)
-
-
-def sample_digest(sample: dict[str, Any]) -> int:
-    """A 64-bit digest of a sample's key and the names and sizes of its members: what the index promises of it."""
-    facts = [sample["__key__"], sorted((k, len(v)) for k, v in sample.items() if not k.startswith("__"))]
-    return int.from_bytes(hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).digest(), "little")
-
-
-def label_of(sample: dict[str, Any], where: str) -> int:
-    """The class of a sample, or -1 where it has none.
-
-    Raises:
-        UserError: `cls` is no whole number.
-    """
-    if "cls" not in sample:
-        return -1
-    text = bytes(sample["cls"]).decode(errors="replace").strip()
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise UserError(f"{where}: the member cls holds {text[:40]!r}, expected the class as a whole number")
-    return int(text)
-
-
-def scan_shard(url: str) -> tuple[int, np.ndarray]:
-    """Reads one whole shard and returns its size and its records.
-
-    Raises:
-        UserError: missing, empty, truncated, no tar, or without a sample that has an image.
-    """
-    nbytes = file_size(url)
-    if nbytes == 0:
-        raise UserError(f"{url}: empty file; write the shard anew")
-    rows: list[tuple[int, int, int, int]] = []
-    key: str | None = None
-    sample: dict[str, Any] = {}
-    begin = end = 0
-
-    def finish() -> None:
-        where = f"{url}: sample {key}"
-        if not any(suffix in sample for suffix in IMAGE_SUFFIXES):
-            raise UserError(
-                f"{where}: no image among its members ({', '.join(sorted(sample))}); expected one of "
-                f"{', '.join(IMAGE_SUFFIXES)}"
-            )
-        rows.append((begin, end - begin, label_of(sample, where), sample_digest({"__key__": key, **sample})))
-
-    filesystem, path = fsspec.core.url_to_fs(url)
-    try:
-        with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            position = 0
-            for member in tar:
-                following = member.offset_data + (member.size + 511) // 512 * 512
-                if following > nbytes:
-                    raise UserError(
-                        f"{url}: truncated at byte {nbytes}: the member {member.name} ends at {following};"
-                        " copy or write the shard anew"
-                    )
-                stem, _, suffix = os.path.basename(member.name).partition(".")
-                folder = os.path.dirname(member.name)
-                name = f"{folder}/{stem}" if folder else stem
-                if member.isreg() and suffix and not re.match(r"__[^/]*__($|/)", member.name):
-                    if name != key:
-                        if key is not None:
-                            finish()
-                        key, sample, begin = name, {}, position
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    sample[suffix.lower()] = content.read()
-                    end = following
-                position = following
-            if key is not None:
-                finish()
-    except tarfile.TarError as error:
-        raise UserError(f"{url}: no readable tar: {error}; write the shard anew") from None
-    if not rows:
-        raise UserError(f"{url}: a tar without samples; expected members such as 000001.jpg and 000001.cls")
-    return nbytes, np.array(rows, dtype=RECORD)
-
-
-def write_index(urls: Iterable[str], progress: Any = None) -> int:
-    """Writes `index.json` and `index.bin` beside the shards, one for each folder. Returns the number of samples.
-
-    Raises:
-        UserError: a bad shard; nothing is written then.
-    """
-    folders: dict[str, list[tuple[str, int, np.ndarray]]] = {}
-    for url in urls:
-        folder, name = os.path.split(url)
-        folders.setdefault(folder, []).append((name, *scan_shard(url)))
-        if progress is not None:
-            progress.update()
-    for folder, scanned in folders.items():
-        table, first = [], 0
-        for name, nbytes, records in scanned:
-            labels = [int(records["label"].min()), int(records["label"].max())]
-            table.append(
-                {"name": name, "nbytes": nbytes, "samples": len(records), "first_record": first, "labels": labels}
-            )
+        for shard in found:
+            scanned.append(shard)
+            if progress is not None:
+                progress.update()
+    finally:
+        if workers:
+            workers.shutdown(cancel_futures=True)
+    tables: dict[str, dict[str, tuple[dict, np.ndarray]]] = {}
+    for (home, name), (nbytes, records, bad) in zip(homes, scanned, strict=True):
+        if home not in tables:
+            tables[home] = _existing(home)
+        labels = records["label"][records["label"] != UNLABELLED]
+        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (UNLABELLED, UNLABELLED)
+        row = {"name": name, "nbytes": nbytes, "samples": len(records), "labels": [low, high], "bad": bad}
+        tables[home][name] = row, records
+    for home, shards in tables.items():
+        _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
+    for home, shards in tables.items():
+        first, table = 0, []
+        for row, records in shards.values():
+            table.append({**row, "first_record": first})
             first += len(records)
-        write_file(f"{folder}/index.bin", b"".join(records.tobytes() for _, _, records in scanned))
-        write_file(f"{folder}/index.json", json.dumps({"format": 1, "shards": table}, indent=1).encode())
-    return sum(len(records) for scanned in folders.values() for _, _, records in scanned)
+        write_file(f"{home}/index.bin", b"".join(records.tobytes() for _, records in shards.values()))
+        write_file(f"{home}/index.json", json.dumps({"format": 1, "shards": table}, indent=1).encode())
+    return sum(len(records) for _, records, _ in scanned)
+
+
+def home_of(url: str, folder: str | None) -> tuple[str, str]:
+    """The folder of a shard's index, and the shard's name there."""
+    home, name = ("", url) if is_pipe(url) else os.path.split(url)
+    if folder is None and is_pipe(url):
+        raise UserError(f"{url}: a command has no folder for its index; name one: index --to FOLDER, data.index=FOLDER")
+    return (folder.rstrip("/") if folder else home or "."), name
+
+
+def _existing(home: str) -> dict[str, tuple[dict, np.ndarray]]:
+    """What the index of a folder says of shards that are still there."""
+    kept = {}
+    try:
+        with fsspec.open(f"{home}/index.json", "rb") as file:
+            table = json.load(file)["shards"]
+        with fsspec.open(f"{home}/index.bin", "rb") as file:
+            records = np.frombuffer(file.read(), dtype=RECORD)
+        for row in table:
+            rows = records[row["first_record"] : row["first_record"] + row["samples"]]
+            path = f"{home}/{row['name']}"
+            if len(rows) == row["samples"] and (not is_local(path) or os.path.exists(path)):
+                kept[row["name"]] = row, rows
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return kept
+
+
+def _cross_check(home: str, counts: dict[str, int]) -> None:
+    """Compares with what timm (`_info.json`) and open_clip (`sizes.json`) have counted, where that lies there."""
+    claims: dict[str, dict[str, int]] = {}
+    try:
+        with fsspec.open(f"{home}/sizes.json", "rb") as file:
+            claims["sizes.json"] = {str(name): int(count) for name, count in json.load(file).items()}
+    except FileNotFoundError:
+        pass
+    try:
+        with fsspec.open(f"{home}/_info.json", "rb") as file:
+            splits = json.load(file)["splits"].values()
+        claims["_info.json"] = {
+            name: int(count)
+            for split in splits
+            for name, count in zip(split["filenames"], split["shard_lengths"], strict=True)
+        }
+    except FileNotFoundError:
+        pass
+    for source, claimed in claims.items():
+        for name, count in claimed.items():
+            if name in counts and counts[name] != count:
+                raise UserError(
+                    f"{home}/{name}: {counts[name]} samples, but {source} beside it says {count}; mend the shard, or"
+                    f" {source} if that is stale"
+                )
 
 
 def write_file(url: str, data: bytes) -> None:
     """Writes to a temporary name and renames, so that nobody reads half a file."""
     filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem.makedirs(os.path.dirname(path), exist_ok=True)
     with filesystem.open(path + ".part", "wb") as file:
         file.write(data)
     filesystem.mv(path + ".part", path)
 
 
-def load_index(urls: str | Sequence[str], check_sizes: bool = True) -> Index:
-    """Looks up each shard in the index beside it.
+def load_index(
+    urls: str | Sequence[str], check_sizes: bool = True, folder: str | None = None, source: Source | None = None
+) -> Index:
+    """Looks up each shard in the index beside it (or in `folder`).
 
     Raises:
         UserError: a shard is missing, its index is missing, or they don't fit each other; names the command that
             writes the index.
     """
-    shards = []
+    listed, source = expand_urls(urls), source or Source()
+    sizes = file_sizes(listed, source) if check_sizes else [None] * len(listed)
     tables: dict[str, dict[str, dict]] = {}
-    for url in expand_urls(urls):
-        size = file_size(url) if check_sizes else None
-        folder, name = os.path.split(url)
-        if folder not in tables:
-            tables[folder] = _read_table(folder, url)
-        row = tables[folder].get(name)
-        command = f"run: {INDEX_COMMAND} '{folder}/*.tar'"
+    columns = np.empty((len(listed), 6), dtype=np.int64)
+    numbers = np.empty(len(listed), dtype=np.int32)
+    for place, (url, size) in enumerate(zip(listed, sizes, strict=True)):
+        home, name = home_of(url, folder)
+        if home not in tables:
+            tables[home] = _read_table(home, url, source)
+        row = tables[home].get(name)
+        command = f"run: {INDEX_COMMAND} '{home}/*.tar'"
         if size == 0:
             raise UserError(f"{url}: empty file; write the shard anew")
         if row is None:
-            raise UserError(f"{url}: not in {folder}/index.json; {command}")
+            raise UserError(f"{url}: not in {home}/index.json; {command}")
         if size is not None and size != row["nbytes"]:
             kind = "truncated" if size < row["nbytes"] else "changed"
             raise UserError(
                 f"{url}: {kind}: it has {size} bytes, its index says {row['nbytes']}; restore the shard,"
                 f" or if the change is meant, {command}"
             )
-        shards.append(Shard(url, row["nbytes"], row["samples"], row["first_record"], tuple(row["labels"])))
-    return Index(tuple(shards))
+        columns[place] = row["nbytes"], row["samples"], row["first_record"], *row["labels"], row["bad"]
+        numbers[place] = list(tables).index(home)
+    return Index(listed, columns, list(tables), numbers)
 
 
-def _read_table(folder: str, url: str) -> dict[str, dict]:
-    path = f"{folder}/index.json"
+def file_sizes(urls: list[str], source: Source) -> list[int | None]:
+    """The size of each file; None for a command, which has none.
+
+    Raises:
+        UserError: one can't be reached.
+    """
+    ask: Callable[[str], int | None] = lambda url: None if is_pipe(url) else source.size(url)  # noqa: E731
+    if all(is_local(url) for url in urls):
+        return [ask(url) for url in urls]
+    with ThreadPoolExecutor(32) as threads:
+        return list(threads.map(ask, urls))
+
+
+def _read_table(home: str, url: str, source: Source) -> dict[str, dict]:
+    path = f"{home}/index.json"
     try:
-        with fsspec.open(path, "rb") as file:
-            table = json.load(file)
+        table = json.loads(_read_all(path, source))
+        if table["format"] != 1:
+            raise ValueError
         return {row["name"]: row for row in table["shards"]}
     except FileNotFoundError:
-        raise UserError(f"{url}: no index beside it ({path}); run: {INDEX_COMMAND} '{folder}/*.tar'") from None
+        raise UserError(f"{url}: no index beside it ({path}); run: {INDEX_COMMAND} '{home}/*.tar'") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a readable index; run: {INDEX_COMMAND} '{folder}/*.tar'") from None
+        raise UserError(f"{path}: not a readable index; run: {INDEX_COMMAND} '{home}/*.tar'") from None
 
 
-def load_records(shard: Shard) -> np.ndarray:
-    """The records of one shard's samples."""
-    url = f"{os.path.dirname(shard.url)}/index.bin"
-    data = read_range(url, shard.first_record * RECORD.itemsize, shard.samples * RECORD.itemsize)
+def _read_all(path: str, source: Source) -> bytes:
+    """Raises FileNotFoundError where there is no such file."""
+    if is_http(path):
+        try:
+            return source.read(path, 0, source.size(path))
+        except UserError as error:
+            if "not found" in str(error):
+                raise FileNotFoundError(path) from None
+            raise
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def load_records(shard: Shard, source: Source | None = None, begin: int = 0, end: int | None = None) -> np.ndarray:
+    """The records of one shard's samples, or of `begin` to `end` of them."""
+    first = shard.first_record + begin
+    count = (shard.samples if end is None else end) - begin
+    data = (source or Source()).read(f"{shard.index}/index.bin", first * RECORD.itemsize, count * RECORD.itemsize)
     return np.frombuffer(data, dtype=RECORD)
 
 
-def read_classes(urls: str | Sequence[str]) -> list[str] | None:
+def read_classes(urls: str | Sequence[str], source: Source | None = None) -> list[str] | None:
     """The labels' names from `classes.json` beside the first shard, or None where there is none."""
-    path = f"{os.path.dirname(expand_urls(urls)[0])}/classes.json"
+    first = expand_urls(urls)[0]
+    if is_pipe(first):
+        return None
+    path = f"{os.path.dirname(first) or '.'}/classes.json"
     try:
-        with fsspec.open(path, "rb") as file:
-            classes = json.load(file)
+        classes = json.loads(_read_all(path, source or Source()))
     except FileNotFoundError:
         return None
     except ValueError:

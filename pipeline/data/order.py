@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 # One number for each use of the seed, so that no two of them share their random numbers.
-SHARDS, WINDOW, AUGMENT, DROPOUT = range(4)
+SHARDS, WINDOW, AUGMENT, DROPOUT, MIX, RESAMPLE = range(6)
 
 
 def random_order(n: int, *key: int) -> np.ndarray:
@@ -110,6 +110,40 @@ class Order:
             return lane * (samples // self.lanes) + max(0, lane - self.lanes + samples % self.lanes)
 
         return up_to((epoch + 1) * self.total) - up_to(epoch * self.total)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a global batch: a lane's next sample (or its next copy)."""
+
+    lane: int
+    position: int  # of the sample in its lane
+    copy: int  # 0 to repeats - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows make a global batch, and which rank and worker reads them.
+
+    Row r of global batch t belongs to lane r // rows_per_lane. A rank has contiguous lanes, and deals them to its
+    workers; so a global batch is the same for any number of either.
+    """
+
+    lanes: int
+    rows_per_lane: int
+    repeats: int = 1  # how often a sample comes in a row (repeated augmentation, arXiv 1901.09335)
+
+    def rows(self, lanes: range, step: int) -> Iterator[Row]:
+        """The rows of some lanes in global batch `step`."""
+        for lane in lanes:
+            for number in range(step * self.rows_per_lane, (step + 1) * self.rows_per_lane):
+                yield Row(lane, *divmod(number, self.repeats))
+
+    def lanes_of(self, rank: int, world_size: int, worker: int = 0, workers: int = 1) -> range:
+        """The lanes that a worker of a rank reads."""
+        mine = share(self.lanes, world_size, rank)
+        part = share(len(mine), workers, worker)
+        return mine[part.start : part.stop]
 
 
 def auto_lanes(global_batch_size: int) -> int:

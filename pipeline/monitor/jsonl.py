@@ -15,25 +15,8 @@ class Config:
 
 class JsonLines(Sink):
     def __init__(self, path: str, start_step: int):
-        self._drop_after(path, start_step)
+        drop_lines_after(path, start_step)
         self.file = open(path, "a")  # noqa: SIM115
-
-    @staticmethod
-    def _drop_after(path: str, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: their lines must not stand twice."""
-        if not os.path.exists(path):
-            return
-        kept = []
-        with open(path) as file:
-            for line in file:
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue  # half a line of a killed run
-        with open(path + ".part", "w") as file:
-            file.writelines(kept)
-        os.replace(path + ".part", path)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -41,3 +24,20 @@ class JsonLines(Sink):
 
     def close(self) -> None:
         self.file.close()
+
+
+def drop_lines_after(path: str, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their lines must not stand twice."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path) as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # half a line of a killed run
+    with open(path + ".part", "w") as file:
+        file.writelines(kept)
+    os.replace(path + ".part", path)

@@ -53,7 +53,7 @@ def test_masked_rows_count_nowhere():
     from pipeline.data.loader import Batch
 
     logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [math.nan, 0.0]])
-    batch = Batch(logits, torch.tensor([0, 0, 1]), torch.tensor([True, True, False]), ["", "", ""])
+    batch = Batch(logits, torch.tensor([0, 0, 1]), torch.tensor([True, True, False]), ["", "", ""], 2)
     finite = batch.images.nan_to_num()
     _, metrics = Config()(lambda images: finite, batch)
     assert {k: v.item() for k, v in metrics.items() if k != "loss"} == {"top1": 1, "top5": 2, "count": 2}

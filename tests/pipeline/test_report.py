@@ -29,6 +29,7 @@ def measured_peak(config, rows, folder):
             torch.zeros(rows, dtype=torch.int64),
             torch.ones(rows, dtype=torch.bool),
             [],
+            rows,
         )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half != torch.float32 and not zero):
             loss, _ = config.objective(model, normalised(raw, half if zero else torch.float32))

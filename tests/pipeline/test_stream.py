@@ -1,5 +1,6 @@
 """The batches: the same for any number of ranks and workers, exact evaluation, damage that is named."""
 
+import re
 import shutil
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from pipeline.data.augment import resize, shift
-from pipeline.data.index import load_index, scan_shard, write_index
+from pipeline.data.index import load_index, write_index
 from pipeline.data.loader import DataConfig, Loader, evaluation_stream, train_stream
+from pipeline.data.tar import scan_shard
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
 
@@ -16,9 +18,9 @@ POLICIES = (resize.Config(), shift.Config(pixels=2))
 CPU = torch.device("cpu")
 
 
-def batches(folder, world_size, workers, count, start=0):
+def batches(folder, world_size, workers, count, start=0, **options):
     """Global batches: each a list of keys and one tensor of images, joined over ranks."""
-    config = DataConfig(train=(f"{folder}/train-{{000..003}}.tar",), global_batch_size=24, shuffle_pool=480)
+    config = DataConfig(train=(f"{folder}/train-{{000..003}}.tar",), global_batch_size=24, shuffle_pool=480, **options)
     index = load_index(config.train)
     streams = []
     for rank in range(world_size):
@@ -46,6 +48,22 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(digits, world_size, w
 def test_resume_sees_the_same_batches_on_another_number_of_ranks(digits):
     whole = batches(digits, 1, 0, 6)
     for (keys, images), (expected_keys, expected) in zip(batches(digits, 2, 1, 2, start=4), whole[4:], strict=True):
+        assert keys == expected_keys
+        assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize(("repeats", "world_size"), [(2, 1), (2, 3), (3, 2)])
+def test_repeated_augmentation_gives_copies_that_differ(digits, repeats, world_size):
+    joined = batches(digits, world_size, 1, 12, repeats=repeats)
+    keys = [key for keys, _ in joined for key in keys]
+    images = torch.cat([images for _, images in joined])
+    for number in range(0, len(keys), repeats):
+        assert len(set(keys[number : number + repeats])) == 1
+    first, second = images[0::repeats], images[1::repeats]
+    assert (first != second).flatten(1).any(1).float().mean() > 0.9  # a shift of (0, 0) may come twice
+    for (keys, images), (expected_keys, expected) in zip(
+        joined, batches(digits, 1, 0, 12, repeats=repeats), strict=True
+    ):
         assert keys == expected_keys
         assert torch.equal(images, expected)
 
@@ -84,30 +102,41 @@ def damaged(digits, tmp_path, position, value):
 
 
 def read_all(path):
+    """One pass over a shard: its rows' keys, which of them are valid, and the bad ones."""
     config = DataConfig(val=(path,), workers=0)
     stream = evaluation_stream(config, load_index(config.val), POLICIES[:1], 16, 10, Ranks(0, 1, 0, 1))
-    return list(Loader(stream, 0, CPU))
+    parts = list(Loader(stream, 0, CPU))
+    keys = [key for part in parts for key in part.keys]
+    return keys, torch.cat([part.valid for part in parts]), [entry for part in parts for entry in part.bad]
 
 
-def test_a_flipped_header_byte_is_named_and_drops_no_sample_silently(digits, tmp_path):
-    _, records = scan_shard(f"{digits}/train-000.tar")
+def test_a_flipped_header_byte_masks_its_sample_and_no_other(digits, tmp_path):
+    _, records, _ = scan_shard(f"{digits}/train-000.tar")
+    whole, _, _ = read_all(f"{digits}/train-000.tar")
     path = damaged(digits, tmp_path, int(records["offset"][10]) + 3, 0x40)
-    with pytest.raises(UserError, match=r"train-000.tar: damaged at byte \d+.*pipeline.shards verify"):
-        read_all(path)
+    keys, valid, bad = read_all(path)
+    assert valid.sum() == len(records) - 1
+    assert not valid[10]
+    assert [k.rpartition(" ")[2] for k in keys[:10] + keys[11:]] == [
+        k.rpartition(" ")[2] for k in whole[:10] + whole[11:]
+    ]
+    assert len(bad) == 1
+    assert re.search(r"train-000.tar: sample 10 of \d+", bad[0][0])
+    assert re.search(r"damaged at byte \d+.*pipeline.shards verify", bad[0][1])
 
 
 def test_flipped_image_bytes_name_shard_and_sample(digits, tmp_path):
-    _, records = scan_shard(f"{digits}/train-000.tar")
-    header = int(records["offset"][0]) + 512
+    _, records, _ = scan_shard(f"{digits}/train-000.tar")
     with open(f"{digits}/train-000.tar", "rb") as file:
-        begin = file.read().index(b"\x89PNG", header - 512)
-    path = damaged(digits, tmp_path, begin, 0xFF)
-    with pytest.raises(UserError, match=r"train-000.tar: sample \d+: can't be decoded"):
-        read_all(path)
+        begin = file.read().index(b"\x89PNG")
+    _, valid, bad = read_all(damaged(digits, tmp_path, begin, 0xFF))
+    assert valid.sum() == len(records) - 1
+    assert re.search(r"train-000.tar: sample \d+", bad[0][0])
+    assert "can't be decoded" in bad[0][1]
 
 
 def test_index_covers_whole_members(digits):
-    nbytes, records = scan_shard(f"{digits}/train-000.tar")
+    nbytes, records, _ = scan_shard(f"{digits}/train-000.tar")
     ends = records["offset"] + records["nbytes"]
     assert (ends[:-1] == records["offset"][1:]).all()
     assert nbytes >= ends[-1]

@@ -1,0 +1,218 @@
+"""From lanes to samples: what one worker reads, a window of samples at a time, ahead of what it decodes."""
+
+from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BufferedReader
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.index import INDEX_COMMAND, Index, Shard, load_records
+from pipeline.data.order import RESAMPLE, WINDOW, Order, Piece, Window, random_order
+from pipeline.data.source import Source
+from pipeline.data.tar import (
+    IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
+    StreamFile,
+    label_of,
+    parse_stream,
+    parse_tar,
+    sample_digest,
+)
+from pipeline.errors import UserError
+
+BLOCK = 4096  # records that are fetched together
+CACHED_BLOCKS = 256
+
+
+@dataclass(slots=True)
+class Sample:
+    """An encoded image with its label; or why there is none."""
+
+    where: str  # shard and key, for messages
+    key: tuple[int, ...]  # what its augmentation is drawn by, whatever the order that it comes in
+    label: int = 0
+    image: bytes = b""
+    bad: str | None = None
+
+
+def to_sample(members: dict[str, Any], url: str, key: tuple[int, ...], num_classes: int) -> Sample:
+    """Takes image and class from a sample's members; whatever is wrong with them makes it a bad sample."""
+    name = members["__key__"]
+    sample = Sample(f"{url}: sample {name}", key)
+    suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
+    if name.startswith("/") or ".." in name.split("/"):
+        sample.bad = "its name leaves the shard's folder"
+    elif suffix is None:
+        found = ", ".join(sorted(k for k in members if not k.startswith("__")))
+        sample.bad = f"no image among its members ({found}); expected one of {', '.join(IMAGE_SUFFIXES)}"
+    else:
+        try:
+            sample.label = label_of(members, sample.where)
+            sample.image = bytes(members[suffix])
+            if sample.label >= num_classes:
+                sample.bad = f"label {sample.label} is out of range for model.num_classes={num_classes}"
+        except UserError as error:
+            sample.bad = str(error).removeprefix(f"{sample.where}: ")
+    return sample
+
+
+class OrderedSamples:
+    """Samples by lane and position, as the order has them. Threads read each lane's next window ahead."""
+
+    def __init__(self, index: Index, order: Order, source: Source, num_classes: int):
+        self.index, self.order, self.source, self.num_classes = index, order, source, num_classes
+        self.threads = ThreadPoolExecutor(source.limits.threads, thread_name_prefix="read")
+        self.windows: dict[int, tuple[Window, list[Sample | None]]] = {}
+        self.ahead: dict[int, tuple[Window, Future]] = {}
+        self.blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self.lock = Lock()
+
+    def expect(self, lane: int, position: int) -> None:
+        """Starts to read the window of a lane's position."""
+        place = self.order.locate(lane, position)
+        if place is not None:
+            self.ahead[lane] = place[0], self.threads.submit(self._read_window, place[0])
+
+    def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int] | None:
+        """The sample and its epoch, or None where the lane has ended. With `last` its bytes are not kept."""
+        place = self.order.locate(lane, position)
+        if place is None:
+            return None
+        window, slot = place
+        if lane not in self.windows or self.windows[lane][0] != window:
+            self.windows.pop(lane, None)
+            if lane not in self.ahead or self.ahead[lane][0] != window:
+                self.expect(lane, position)
+            self.windows[lane] = window, self.ahead.pop(lane)[1].result()
+        if 2 * slot >= window.samples and lane not in self.ahead:
+            self.expect(lane, position - slot + window.samples)
+        sample = self.windows[lane][1][slot]
+        assert sample is not None
+        if last:
+            self.windows[lane][1][slot] = None
+        return sample, window.epoch
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
+        self.source.close()
+
+    def _read_window(self, window: Window) -> list[Sample | None]:
+        """The window's samples in the order in which they are used."""
+        line: list[Sample] = []
+        for piece in self.order.pieces(window):
+            line.extend(self._read_piece(piece))
+        return [line[place] for place in self.order.shuffled(window)]
+
+    def _read_piece(self, piece: Piece) -> list[Sample]:
+        shard = self.index.shard(piece.shard)
+        rows = self._records(piece.shard, shard, piece.begin, piece.end)
+        keys = [(piece.shard, number) for number in range(piece.begin, piece.end)]
+        start = int(rows["offset"][0])
+        nbytes = int(rows["offset"][-1]) + int(rows["nbytes"][-1]) - start
+        samples: list[Sample] = []
+        if (rows["nbytes"] > 0).all():
+            try:
+                data = self.source.read(shard.url, start, nbytes)
+            except UserError as error:
+                return [self._bad(shard, row, key, str(error)) for row, key in zip(rows, keys, strict=True)]
+            found = self._parse(data, shard.url)
+            if len(found) == len(rows) and all(
+                sample_digest(members) == row["digest"] for members, row in zip(found, rows, strict=True)
+            ):
+                return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
+        # Something in it differs from the index: look at each sample on its own, so that none is lost beside it.
+        for row, key in zip(rows, keys, strict=True):
+            samples.append(self._read_one(shard, row, key))
+        return samples
+
+    def _read_one(self, shard: Shard, row: np.ndarray, key: tuple[int, ...]) -> Sample:
+        if not row["nbytes"]:
+            return self._bad(shard, row, key, f"larger than {MAX_SAMPLE_BYTES} bytes")
+        try:
+            found = self._parse(self.source.read(shard.url, int(row["offset"]), int(row["nbytes"])), shard.url)
+        except UserError as error:
+            return self._bad(shard, row, key, str(error))
+        if len(found) == 1 and sample_digest(found[0]) == row["digest"]:
+            return to_sample(found[0], shard.url, key, self.num_classes)
+        message = f"damaged at byte {row['offset']}: not the indexed sample; run: python -m pipeline.shards verify"
+        return self._bad(shard, row, key, f"{message} {shard.url} (or, if it was changed on purpose, {INDEX_COMMAND})")
+
+    def _parse(self, data: bytes, url: str) -> list[dict[str, Any]]:
+        try:
+            return list(parse_tar(data, url))
+        except Exception:  # whatever a tar reader makes of damaged bytes
+            return []
+
+    def _bad(self, shard: Shard, row: np.ndarray, key: tuple[int, ...], reason: str) -> Sample:
+        where = f"{shard.url}: sample {key[1]} of {shard.samples}"
+        return Sample(where, key, bad=reason.removeprefix(f"{shard.url}: "))
+
+    def _records(self, number: int, shard: Shard, begin: int, end: int) -> np.ndarray:
+        """Records `begin` to `end`, by way of a small cache of blocks: a shard may have millions."""
+        parts = []
+        for block in range(begin // BLOCK, (end - 1) // BLOCK + 1):
+            with self.lock:
+                found = self.blocks.get((number, block))
+            if found is None:
+                found = load_records(shard, self.source, block * BLOCK, min((block + 1) * BLOCK, shard.samples))
+                with self.lock:
+                    self.blocks[number, block] = found
+                    if len(self.blocks) > CACHED_BLOCKS:
+                        self.blocks.popitem(last=False)
+            parts.append(found[max(begin - block * BLOCK, 0) : end - block * BLOCK])
+        return np.concatenate(parts)
+
+
+class ResampledSamples:
+    """Samples of shards that are drawn with replacement, without an index: one endless stream for each worker.
+
+    What comes depends on the seed, the number of ranks and workers and the step of the start; nothing is promised
+    of a resume but other draws than before.
+    """
+
+    def __init__(self, urls: list[str], source: Source, num_classes: int, pool: int, key: tuple[int, ...]):
+        self.urls, self.source, self.num_classes = urls, source, num_classes
+        self.pool, self.key = max(pool, 1), key
+        self.samples = self._shuffled()
+
+    def expect(self, lane: int, position: int) -> None:
+        """Nothing can be said in advance."""
+
+    def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int]:
+        return next(self.samples), 0
+
+    def close(self) -> None:
+        self.samples.close()
+        self.source.close()
+
+    def _shuffled(self) -> Generator[Sample, None, None]:
+        stream, number = self._drawn(), 0
+        while True:
+            pool = [next(stream) for _ in range(self.pool)]
+            for place in random_order(self.pool, *self.key, WINDOW, number):
+                yield pool[place]
+            number += 1
+
+    def _drawn(self) -> Iterator[Sample]:
+        draw = failures = 0
+        while True:
+            rng = np.random.Philox(np.random.SeedSequence([*self.key, RESAMPLE, draw]))
+            url = self.urls[int(rng.random_raw() % len(self.urls))]
+            number = 0
+            try:
+                file = BufferedReader(StreamFile(self.source.stream(url)), 1 << 16)
+                for number, members in enumerate(parse_stream(file, url)):
+                    yield to_sample(members, url, (*self.key, draw, number), self.num_classes)
+                    failures = 0
+            except Exception as error:  # the rest of this shard is lost: said once, as one bad sample
+                failures += 1
+                if failures > 100:
+                    raise UserError(
+                        f"{url}: the last 100 shards that were drawn failed; the last one by: {error}"
+                    ) from None
+                yield Sample(f"{url}: from sample {number} on", (*self.key, draw, number), bad=str(error))
+            draw += 1

@@ -1,0 +1,299 @@
+"""Bytes of a file, wherever it lies: exact ranges, retries with back-off, and a time limit on every read.
+
+Local paths, `http(s)://` (urllib3), `pipe:` commands, and everything that fsspec opens (`s3://`, `gs://`, `hf://`).
+"""
+
+import contextlib
+import os
+import random
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import UserError
+from pipeline.options import option
+
+CHUNK = 1 << 16
+REMOTE_PIECE = 8 << 20  # what one request of an object store brings; a failure repeats no more than that
+
+
+class Refused(Exception):
+    """A failure that no repetition mends: not found, forbidden, cut short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    timeout_seconds: float = option(30.0, "longest silence of a source before the read is tried again", may_change=True)
+    deadline_seconds: float = option(300.0, "longest time for one read with all its repetitions", may_change=True)
+    allow_pipe: bool = option(False, "run the commands of `pipe:` URLs (a shell, with your rights)", may_change=True)
+    threads: int = option(4, "reads that a worker has in flight, ahead of what it decodes", may_change=True)
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_seconds", "deadline_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be positive, found {getattr(self, name)}")
+        if self.threads < 1:
+            raise ValueError(f"threads: must be at least 1, found {self.threads}")
+
+
+@dataclass
+class Source:
+    """Reads by one set of limits. Made anew in each process that reads; its methods may be called from any thread."""
+
+    limits: ReadConfig = field(default_factory=ReadConfig)
+
+    def __post_init__(self) -> None:
+        self.pipes = Pipes()
+        self.given_up: set[str] = set()  # what a deadline has passed for is tried only once each time after
+
+    def size(self, url: str) -> int:
+        """Bytes of the file.
+
+        Raises:
+            UserError: it can't be reached.
+        """
+
+        def ask() -> int:
+            if is_local(url):
+                return os.path.getsize(url)
+            if is_http(url):
+                return http_size(url, self.limits.timeout_seconds)
+            filesystem, path = fsspec.core.url_to_fs(url)
+            return int(call(filesystem, "size", self.limits.timeout_seconds, path))
+
+        return self._try(url, ask, lambda: 0)
+
+    def read(self, url: str, start: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes from `start`; after a failure it goes on at the byte that was reached.
+
+        Raises:
+            UserError: the file ends before that, can't be reached, or the deadline has passed.
+        """
+        data = bytearray()
+
+        def go_on() -> bytes:
+            for chunk in self._chunks(url, start + len(data), start + nbytes):
+                data.extend(chunk)
+                if time.monotonic() > end:
+                    raise TimeoutError(f"only {len(data)} of {nbytes} bytes came")
+            if len(data) < nbytes:
+                raise Refused(f"truncated at byte {start + len(data)} (expected {start + nbytes})")
+            assert len(data) == nbytes
+            return bytes(data)
+
+        end = time.monotonic() + self.limits.deadline_seconds
+        return self._try(url, go_on, lambda: start + len(data))
+
+    def stream(self, url: str) -> Iterator[bytes]:
+        """The whole file from its beginning, of unknown length, in one pass."""
+        if is_pipe(url):
+            yield from self.pipes.chunks(self._command(url), 0, None, self.limits.timeout_seconds)
+            return
+        nbytes = self.size(url)
+        for start in range(0, nbytes, REMOTE_PIECE):
+            yield self.read(url, start, min(REMOTE_PIECE, nbytes - start))
+
+    def close(self) -> None:
+        """Ends commands that still run."""
+        for _, _, process in self.pipes.open:
+            stop_command(process)
+        self.pipes.open.clear()
+
+    def _try(self, url: str, attempt: Callable[[], Any], reached: Callable[[], int]) -> Any:
+        end, pause, before = time.monotonic() + self.limits.deadline_seconds, 0.2, reached()
+        while True:
+            try:
+                result = attempt()
+                self.given_up.discard(url)
+                return result
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise UserError(f"{url}: shard not found; check data.train and data.val") from None
+            except (Refused, PermissionError, ImportError, ValueError) as error:
+                raise UserError(f"{url}: {error}") from None
+            except UserError:
+                raise
+            except Exception as error:  # each library of fsspec's has its own kinds
+                if reached() > before:  # the source gives something: start the back-off anew
+                    pause, before = 0.2, reached()
+                if time.monotonic() + pause > end or url in self.given_up:
+                    self.given_up.add(url)
+                    raise UserError(
+                        f"{url}: no success at byte {reached()} within {self.limits.deadline_seconds:g} s"
+                        f" (data.read.deadline_seconds): {type(error).__name__}: {error}"
+                    ) from None
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, 10.0)
+
+    def _chunks(self, url: str, start: int, stop: int) -> Iterator[bytes]:
+        if is_local(url):
+            with open(url, "rb") as file:
+                file.seek(start)
+                yield file.read(stop - start)
+        elif is_http(url):
+            yield from http_chunks(url, start, stop, self.limits.timeout_seconds)
+        elif is_pipe(url):
+            yield from self.pipes.chunks(self._command(url), start, stop, self.limits.timeout_seconds)
+        else:
+            filesystem, path = fsspec.core.url_to_fs(url)
+            for begin in range(start, stop, REMOTE_PIECE):
+                end = min(begin + REMOTE_PIECE, stop)
+                piece = call(filesystem, "cat_file", self.limits.timeout_seconds, path, start=begin, end=end)
+                yield piece[: end - begin]  # a server that ignores ranges sends more
+                if len(piece) < end - begin:
+                    return
+
+    def _command(self, url: str) -> str:
+        if not self.limits.allow_pipe:
+            raise UserError(f"{url}: this is a shell command; set data.read.allow_pipe=true to let it run")
+        return url.removeprefix("pipe:")
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url and not is_pipe(url)
+
+
+def is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def is_pipe(url: str) -> bool:
+    return url.startswith("pipe:")
+
+
+def call(filesystem: Any, method: str, timeout_seconds: float, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of an fsspec file system, with a time limit where it has an event loop to keep it."""
+    if getattr(filesystem, "async_impl", False) and not filesystem.asynchronous:
+        from fsspec.asyn import sync
+
+        return sync(filesystem.loop, getattr(filesystem, f"_{method}"), *args, timeout=timeout_seconds, **kwargs)
+    return getattr(filesystem, method)(*args, **kwargs)
+
+
+@lru_cache(maxsize=2)
+def _connections(process: int) -> Any:
+    """One pool of connections for each process: a forked child must not share its parent's."""
+    import urllib3
+
+    return urllib3.PoolManager(num_pools=32, maxsize=16)
+
+
+def _request(method: str, url: str, timeout_seconds: float, headers: dict[str, str]) -> Any:
+    from urllib3 import Retry, Timeout
+
+    retries = Retry(total=None, connect=0, read=0, other=0, status=0, redirect=5, raise_on_status=False)
+    response = _connections(os.getpid()).request(
+        method, url, headers={"Accept-Encoding": "identity", **headers}, preload_content=False, retries=retries,
+        timeout=Timeout(connect=timeout_seconds, read=timeout_seconds),
+    )  # fmt: skip
+    if response.status >= 400:
+        response.close()
+        if response.status == 404:
+            raise FileNotFoundError(url)
+        message = f"the server says {response.status} {response.reason}"
+        if response.status < 500 and response.status not in (408, 425, 429):
+            raise Refused(message)
+        raise OSError(message)
+    return response
+
+
+def http_size(url: str, timeout_seconds: float) -> int:
+    response = _request("HEAD", url, timeout_seconds, {})
+    response.release_conn()
+    length = response.headers.get("Content-Length")
+    if length is None:
+        raise Refused("the server does not tell the file's size (no Content-Length)")
+    return int(length)
+
+
+def http_chunks(url: str, start: int, stop: int, timeout_seconds: float) -> Iterator[bytes]:
+    """Bytes `start` to `stop`, as they come. A server that ignores ranges is read from its beginning, and skipped."""
+    response = _request("GET", url, timeout_seconds, {"Range": f"bytes={start}-{stop - 1}"})
+    try:
+        skip = start if response.status == 200 else 0
+        left = stop - start
+        while left:
+            chunk = response.read1(CHUNK)
+            if not chunk:
+                break
+            skipped = min(skip, len(chunk))
+            skip -= skipped
+            chunk = chunk[skipped : skipped + left]
+            left -= len(chunk)
+            if chunk:
+                yield chunk
+        if not left and response.status == 206:
+            response.release_conn()  # read to its end: the connection can be used again
+    finally:
+        response.close()
+
+
+class Pipes:
+    """Commands that are still running, each by the byte that it has reached.
+
+    A stream can't be entered in its middle: a read goes on with the command that has come nearest before it, or
+    starts the command anew and skips.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.open: list[tuple[str, int, subprocess.Popen]] = []
+
+    def chunks(self, command: str, start: int, stop: int | None, timeout_seconds: float) -> Iterator[bytes]:
+        position, process = self._take(command, start)
+        assert process.stdout is not None
+        done = False
+        try:
+            while stop is None or position < stop:
+                if not select.select([process.stdout], [], [], timeout_seconds)[0]:
+                    raise TimeoutError(f"the command has been silent for {timeout_seconds:g} s at byte {position}")
+                chunk = os.read(process.stdout.fileno(), CHUNK if stop is None else min(CHUNK, stop - position))
+                if not chunk:
+                    code = process.wait()
+                    if code:
+                        raise OSError(f"the command ended with exit code {code} at byte {position}")
+                    return
+                wanted = chunk[max(start - position, 0) :]
+                position += len(chunk)
+                if wanted:
+                    yield wanted
+            done = True
+        finally:
+            if done:
+                self._put(command, position, process)
+            else:
+                stop_command(process)
+
+    def _take(self, command: str, start: int) -> tuple[int, subprocess.Popen]:
+        with self.lock:
+            near = [entry for entry in self.open if entry[0] == command and entry[1] <= start]
+            if near:
+                best = max(near, key=lambda entry: entry[1])
+                self.open.remove(best)
+                return best[1], best[2]
+        return 0, subprocess.Popen(
+            command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, bufsize=0, start_new_session=True
+        )
+
+    def _put(self, command: str, position: int, process: subprocess.Popen) -> None:
+        with self.lock:
+            self.open.append((command, position, process))
+            oldest = self.open.pop(0) if len(self.open) > 64 else None
+        if oldest:
+            stop_command(oldest[2])
+
+
+def stop_command(process: subprocess.Popen) -> None:
+    """Kills the shell and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait()

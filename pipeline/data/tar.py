@@ -1,0 +1,185 @@
+"""Tar shards as webdataset reads them, and the records that say where each sample lies.
+
+Members whose names agree up to the first dot of the file name are one sample: `n01/17.jpg` and `n01/17.cls`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.source import ReadConfig, Source, is_local, is_pipe
+from pipeline.errors import UserError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+RECORD = np.dtype([("offset", "<u8"), ("nbytes", "<u4"), ("label", "<i4"), ("digest", "<u8")])
+MAX_SAMPLE_BYTES = 1 << 28  # a larger sample is not read: it is a bad one
+UNLABELLED = -1
+
+
+def parse_tar(data: bytes, url: str) -> Iterator[dict[str, Any]]:
+    """Samples of a run of whole tar members, by webdataset's own conventions: {"__key__": ..., "png": bytes, ...}."""
+    return parse_stream(io.BytesIO(data), url)
+
+
+def parse_stream(file: Any, url: str) -> Iterator[dict[str, Any]]:
+    """The same of an open file."""
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    return group_by_keys({**member, "__url__": url} for member in tar_file_iterator(file))
+
+
+def sample_digest(sample: dict[str, Any]) -> int:
+    """A 64-bit digest of a sample's key and the names and sizes of its members: what the index promises of it."""
+    return digest_of(sample["__key__"], {k: len(v) for k, v in sample.items() if not k.startswith("__")})
+
+
+def digest_of(key: str, sizes: dict[str, int]) -> int:
+    facts = [key, sorted(sizes.items())]
+    return int.from_bytes(hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).digest(), "little")
+
+
+def label_of(sample: dict[str, Any], where: str) -> int:
+    """The class of a sample.
+
+    Raises:
+        UserError: it has no `cls`, or one that is no whole number.
+    """
+    if "cls" not in sample:
+        raise UserError(f"{where}: no label; expected a member cls with the class as a whole number")
+    text = bytes(sample["cls"]).decode(errors="replace").strip()
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise UserError(f"{where}: the member cls holds {text[:40]!r}, expected the class as a whole number")
+    return int(text)
+
+
+class RangeFile(io.RawIOBase):
+    """A remote file as tarfile wants it: seeking costs nothing, reading fetches ranges."""
+
+    def __init__(self, source: Source, url: str, nbytes: int):
+        self.source, self.url, self.nbytes, self.position = source, url, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.nbytes}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(self.nbytes - self.position, 0))
+        if wanted:
+            buffer[:wanted] = self.source.read(self.url, self.position, wanted)
+        self.position += wanted
+        return wanted
+
+
+class StreamFile(io.RawIOBase):
+    """A file of unknown length that can only be read once, from its beginning."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self.chunks, self.rest, self.nbytes = chunks, b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.rest = self.rest or next(self.chunks, b"")
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        self.nbytes += count
+        return count
+
+
+def scan_shard(url: str, limits: ReadConfig | None = None) -> tuple[int, np.ndarray, int]:
+    """Reads one shard's headers and classes (all of it, where it can only be streamed).
+
+    Returns its size, its records and the number of its samples that lack an image or a readable class.
+
+    Raises:
+        UserError: missing, empty, truncated, no tar, or without a sample that has an image.
+    """
+    source = Source(limits or ReadConfig())
+    if is_pipe(url):
+        stream = StreamFile(source.stream(url))
+        records, bad = _scan(url, io.BufferedReader(stream, 1 << 20), "r|", None)
+        while stream.read(1 << 20):  # what follows the tar's end mark belongs to the file's size
+            pass
+        return stream.nbytes, records, bad
+    nbytes = source.size(url)
+    if nbytes == 0:
+        raise UserError(f"{url}: empty file; write the shard anew")
+    if is_local(url):
+        with open(url, "rb") as local:
+            return nbytes, *_scan(url, local, "r:", nbytes)
+    return nbytes, *_scan(url, io.BufferedReader(RangeFile(source, url, nbytes), 1 << 20), "r:", nbytes)
+
+
+def _scan(url: str, file: Any, mode: str, nbytes: int | None) -> tuple[np.ndarray, int]:
+    from webdataset.tariterators import base_plus_ext
+
+    rows: list[tuple[int, int, int, int]] = []
+    lacking: list[str] = []
+    key: str | None = None
+    sizes: dict[str, int] = {}
+    label, begin, end = UNLABELLED, 0, 0
+
+    def finish() -> None:
+        where = f"{url}: sample {key}"
+        if not any(suffix in sizes for suffix in IMAGE_SUFFIXES):
+            lacking.append(
+                f"{where}: no image among its members ({', '.join(sorted(sizes))}); expected one of"
+                f" {', '.join(IMAGE_SUFFIXES)}"
+            )
+        elif label == UNLABELLED:
+            lacking.append(f"{where}: no label; expected a member cls with the class as a whole number")
+        stored = end - begin if end - begin <= MAX_SAMPLE_BYTES else 0
+        rows.append((begin, stored, label, digest_of(str(key), sizes)))
+
+    try:
+        with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
+            position = 0
+            for member in tar:
+                following = member.offset_data + (member.size + 511) // 512 * 512
+                if nbytes is not None and following > nbytes:
+                    raise UserError(
+                        f"{url}: truncated at byte {nbytes}: the member {member.name} ends at {following};"
+                        " copy or write the shard anew"
+                    )
+                stem, suffix = base_plus_ext(member.name)
+                if member.isreg() and stem is not None and not re.match(r"__[^/]*__($|/)", member.name):
+                    suffix = suffix.lower()
+                    if stem != key or suffix in sizes:
+                        if key is not None:
+                            finish()
+                        key, sizes, label, begin = stem, {}, UNLABELLED, position
+                    sizes[suffix] = member.size
+                    end = following
+                    if suffix == "cls" and member.size < 64:
+                        content = tar.extractfile(member)
+                        assert content is not None
+                        text = content.read().strip()
+                        label = int(text) if re.fullmatch(rb"\d{1,9}", text) else UNLABELLED
+                position = following
+                tar.members = []  # or a large shard's headers pile up
+            if key is not None:
+                finish()
+    except tarfile.TarError as error:
+        raise UserError(f"{url}: no readable tar: {error}; write the shard anew") from None
+    if not rows:
+        raise UserError(f"{url}: a tar without samples; expected members such as 000001.jpg and 000001.cls")
+    if len(lacking) == len(rows):
+        raise UserError(lacking[0])
+    return np.array(rows, dtype=RECORD), len(lacking)
