@@ -12,10 +12,10 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
-from pipeline.data.digits import write_digits
+from pipeline.data.digits import TRAIN, write_digits
 from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
-from pipeline.data.source import Source
+from pipeline.data.source import Source, is_local
 from pipeline.engine import Engine, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
 from pipeline.ledger import Ledger
@@ -43,7 +43,11 @@ def prepare_data(config: RunConfig, ranks: Ranks) -> None:
     """Writes the embedded data set where the config asks for it; rank 0 only, and never into a folder with files."""
     if config.data.prepare != "digits" or not ranks.is_main or not config.data.train:
         return
-    folder = os.path.dirname(expand_urls(config.data.train)[0])
+    folders = {os.path.dirname(url) for url in expand_urls(config.data.train)}
+    names = [os.path.basename(url) for url in expand_urls(config.data.train)]
+    folder = folders.pop()
+    if folders or names != expand_urls(TRAIN) or not is_local(folder):
+        return  # other shards than those that would be written
     if not os.path.isdir(folder) or not os.listdir(folder):
         write_digits(folder + ".part")
         os.rename(folder + ".part", folder)

@@ -1,5 +1,6 @@
 """What became of the samples: `quarantine.jsonl` names the bad ones, `samples-rank<N>.jsonl`, if wanted, all."""
 
+import glob
 import json
 import os
 from typing import Any
@@ -16,15 +17,15 @@ class Ledger:
         self.engine, self.max_bad_fraction = engine, max_bad_fraction
         self.quarantine = os.path.join(run_dir, "quarantine.jsonl")
         self.log = None
-        if log_samples:
-            path = os.path.join(run_dir, f"samples-rank{engine.ranks.rank}.jsonl")
-            drop_lines_after(path, start_step)
-            self.log = open(path, "a")  # noqa: SIM115
         self.found: list[dict[str, Any]] = []
         self.total = 0
-        if engine.ranks.is_main:
-            drop_lines_after(self.quarantine, start_step)
+        if engine.ranks.is_main:  # also of ranks that there were more of before
+            for path in [self.quarantine, *glob.glob(os.path.join(run_dir, "samples-rank*.jsonl"))]:
+                drop_lines_after(path, start_step)
             self.total = len(self._written("train"))
+        engine.barrier()
+        if log_samples:
+            self.log = open(os.path.join(run_dir, f"samples-rank{engine.ranks.rank}.jsonl"), "a")  # noqa: SIM115
 
     def add(self, step: int, batch: Batch) -> None:
         """Takes down the rows of global batch `step`."""

@@ -7,7 +7,7 @@ Beside the shards lies one index for each folder: `index.json` names the shards 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from pipeline.data.source import ReadConfig, Source, is_http, is_local, is_pipe
 from pipeline.data.tar import RECORD, UNLABELLED, scan_shard
 from pipeline.errors import UserError
 
+FORMAT = 2
 INDEX_COMMAND = "python -m pipeline.shards index"
 
 
@@ -110,12 +111,12 @@ def write_index(
     """
     urls = expand_urls(list(urls))
     homes = [home_of(url, folder) for url in urls]
-    for url, home in zip(urls, homes, strict=True):
-        if is_http(home[0]):
+    for url, place in zip(urls, homes, strict=True):
+        if is_http(place[0]):
             raise UserError(f"{url}: an index can't be written there; write it elsewhere: index --to FOLDER, and set"
                             " data.index=FOLDER")  # fmt: skip
     if len(set(homes)) < len(homes):
-        twice = next(url for url, home in zip(urls, homes, strict=True) if homes.count(home) > 1)
+        twice = next(url for url, place in zip(urls, homes, strict=True) if homes.count(place) > 1)
         raise UserError(f"{twice}: another shard has the same name, and {folder} can hold only one; index them apart")
     scanned: list[tuple[int, np.ndarray, int]] = []
     workers = ProcessPoolExecutor(processes) if processes > 1 else None
@@ -148,7 +149,7 @@ def write_index(
             table.append({**row, "first_record": first})
             first += len(records)
         write_file(f"{home}/index.bin", b"".join(records.tobytes() for _, records in shards.values()))
-        write_file(f"{home}/index.json", json.dumps({"format": 1, "shards": table}, indent=1).encode())
+        write_file(f"{home}/index.json", json.dumps({"format": FORMAT, "shards": table}, indent=1).encode())
     return sum(len(records) for _, records, _ in scanned)
 
 
@@ -255,7 +256,13 @@ def file_sizes(urls: list[str], source: Source) -> list[int | None]:
     Raises:
         UserError: one can't be reached.
     """
-    ask: Callable[[str], int | None] = lambda url: None if is_pipe(url) else source.size(url)  # noqa: E731
+
+    def ask(url: str) -> int | None:
+        if is_pipe(url):
+            source.command(url)  # refused here, before anything starts
+            return None
+        return source.size(url)
+
     if all(is_local(url) for url in urls):
         return [ask(url) for url in urls]
     with ThreadPoolExecutor(32) as threads:
@@ -266,7 +273,7 @@ def _read_table(home: str, url: str, source: Source) -> dict[str, dict]:
     path = f"{home}/index.json"
     try:
         table = json.loads(_read_all(path, source))
-        if table["format"] != 1:
+        if table["format"] != FORMAT:
             raise ValueError
         return {row["name"]: row for row in table["shards"]}
     except FileNotFoundError:

@@ -275,6 +275,8 @@ class Loader:
         iterator = getattr(self.loader, "_iterator", None)
         if iterator is not None and self.workers:
             iterator._shutdown_workers()
+            for worker in iterator._workers:  # one that waits for a slow source ignores all milder signals
+                worker.kill()
 
 
 def _start_worker(worker: int) -> None:

@@ -95,7 +95,7 @@ class Source:
     def stream(self, url: str) -> Iterator[bytes]:
         """The whole file from its beginning, of unknown length, in one pass."""
         if is_pipe(url):
-            yield from self.pipes.chunks(self._command(url), 0, None, self.limits.timeout_seconds)
+            yield from self.pipes.chunks(self.command(url), 0, None, self.limits.timeout_seconds)
             return
         nbytes = self.size(url)
         for start in range(0, nbytes, REMOTE_PIECE):
@@ -140,7 +140,7 @@ class Source:
         elif is_http(url):
             yield from http_chunks(url, start, stop, self.limits.timeout_seconds)
         elif is_pipe(url):
-            yield from self.pipes.chunks(self._command(url), start, stop, self.limits.timeout_seconds)
+            yield from self.pipes.chunks(self.command(url), start, stop, self.limits.timeout_seconds)
         else:
             filesystem, path = fsspec.core.url_to_fs(url)
             for begin in range(start, stop, REMOTE_PIECE):
@@ -150,7 +150,12 @@ class Source:
                 if len(piece) < end - begin:
                     return
 
-    def _command(self, url: str) -> str:
+    def command(self, url: str) -> str:
+        """The shell command of a `pipe:` URL.
+
+        Raises:
+            UserError: the config does not allow it.
+        """
         if not self.limits.allow_pipe:
             raise UserError(f"{url}: this is a shell command; set data.read.allow_pipe=true to let it run")
         return url.removeprefix("pipe:")

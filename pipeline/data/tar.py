@@ -127,9 +127,17 @@ def scan_shard(url: str, limits: ReadConfig | None = None) -> tuple[int, np.ndar
     return nbytes, *_scan(url, io.BufferedReader(RangeFile(source, url, nbytes), 1 << 20), "r:", nbytes)
 
 
-def _scan(url: str, file: Any, mode: str, nbytes: int | None) -> tuple[np.ndarray, int]:
+def member_key(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """Key and suffix of a member as webdataset splits its name; no key where webdataset passes over it."""
     from webdataset.tariterators import base_plus_ext
 
+    key, suffix = base_plus_ext(member.name)
+    if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
+        return None, ""
+    return key, suffix.lower()
+
+
+def _scan(url: str, file: Any, mode: str, nbytes: int | None) -> tuple[np.ndarray, int]:
     rows: list[tuple[int, int, int, int]] = []
     lacking: list[str] = []
     key: str | None = None
@@ -158,9 +166,8 @@ def _scan(url: str, file: Any, mode: str, nbytes: int | None) -> tuple[np.ndarra
                         f"{url}: truncated at byte {nbytes}: the member {member.name} ends at {following};"
                         " copy or write the shard anew"
                     )
-                stem, suffix = base_plus_ext(member.name)
-                if member.isreg() and stem is not None and not re.match(r"__[^/]*__($|/)", member.name):
-                    suffix = suffix.lower()
+                stem, suffix = member_key(member)
+                if stem is not None:
                     if stem != key or suffix in sizes:
                         if key is not None:
                             finish()

@@ -83,6 +83,11 @@ BAD = {
     "batch": (lambda f: None, ["engine.micro_batch_size=5"], "engine.micro_batch_size: 5 does not divide"),
     "patch": (lambda f: None, ["model.image_size=33"], "image_size: 33 is no multiple of patch_size 8"),
     "wrong type": (lambda f: None, ["data.workers=many"], "data.workers: expected a whole number, found 'many'"),
+    "command": (
+        lambda f: None,
+        ["data.train=pipe:cat train-000.tar", f"data.index={ROOT}"],
+        "set data.read.allow_pipe=true",
+    ),
     "misspelt": (lambda f: None, ["optimizer.lrr=1"], "optimizer.lrr: unknown key"),
     "fp16": (lambda f: None, ["engine.precision=fp16"], "fp16 needs a GPU; use engine.precision=bf16"),
 }
@@ -110,6 +115,42 @@ def test_a_file_that_is_no_image_names_its_sample(digits, tmp_path):
     assert "train-001.tar: sample" in output
     assert "Traceback" not in output
     assert json.loads((tmp_path / "run/exit.json").read_text())["status"] == "failed"
+
+
+def test_bad_samples_are_masked_counted_and_listed_once_for_each_time_they_came(digits, tmp_path):
+    folder, run = copied(digits, tmp_path), tmp_path / "run"
+    for name, count in (("train-001.tar", 3), ("val-000.tar", 1)):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content.replace(b"\x89PNG", b"nope", count))
+    words = [*SMALL, *data(folder), f"run.dir={run}", "data.max_bad_fraction=0.01"]
+    words += ["data.global_batch_size=479", "checkpoint.every_steps=1"]
+    for steps in (2, 6):  # two epochs of 3 steps, with a resume in the middle of the first
+        code, output = train(*words, f"run.steps={steps}")
+        assert code == 0, output
+    entries = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    named = sorted(e["sample"] for e in entries if e["split"] == "train")
+    assert len(named) == 6
+    assert len(set(named)) == 3
+    assert len([e for e in entries if e["split"] == "val"]) == 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "bad_samples" in line][-1]["bad_samples"] == 6
+    assert lines[-1]["val/count"] == 359
+    assert lines[-1]["val/bad"] == 1
+
+
+def test_shards_can_be_drawn_with_replacement_without_an_index(digits, tmp_path):
+    folder = copied(digits, tmp_path)
+    (folder / "index.bin").unlink()
+    words = [*SHORT, *data(folder), f"run.dir={tmp_path / 'run'}", "data.resampled=true", "data.log_samples=true"]
+    code, output = train(*words, "data.val=[]", "run.steps=30")
+    assert code == 0, output
+    with open(tmp_path / "run/samples-rank0.jsonl") as file:
+        samples = [sample for line in file for sample in json.loads(line)["samples"]]
+    assert len(samples) == 30 * 64
+    assert len(set(samples)) > 900
+    code, output = train(*[w for w in words if not w.startswith("run.")], "run.epochs=3")
+    assert code == 2
+    assert "data.resampled=true has no epochs; set run.steps" in output
 
 
 @pytest.fixture

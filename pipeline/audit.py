@@ -1,0 +1,207 @@
+"""Plays the plan of all ranks and workers without reading an image, and checks what the stream promises."""
+
+import glob
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.config import RunConfig
+from pipeline.data.index import Index, load_index, load_records
+from pipeline.data.order import Order, Plan, Row, random_order
+from pipeline.data.source import Source
+from pipeline.data.tar import member_key
+from pipeline.errors import UserError
+
+SIMULATIONS = 200
+
+
+class Resolver:
+    """Which sample a row is: (epoch, shard, number in it, copy); and what had to be fetched for it."""
+
+    def __init__(self, index: Index, config: RunConfig):
+        self.index = index
+        data = config.data
+        self.order = Order(index.counts, config.run.seed, data.plan.lanes, data.shuffle_pool)
+        self.windows: dict[int, tuple] = {}
+        self.fetched: list[tuple[int, int, int]] = []  # runs of samples: shard, begin, end
+
+    def __call__(self, row: Row) -> tuple[int, int, int, int]:
+        place = self.order.locate(row.lane, row.position)
+        assert place is not None
+        window, slot = place
+        if row.lane not in self.windows or self.windows[row.lane][0] != window:
+            pieces = list(self.order.pieces(window))
+            self.fetched += [(p.shard, p.begin, p.end) for p in pieces]
+            line = [(p.shard, number) for p in pieces for number in range(p.begin, p.end)]
+            self.windows[row.lane] = window, line, self.order.shuffled(window)
+        _, line, order = self.windows[row.lane]
+        return window.epoch, *line[order[slot]], row.copy
+
+
+def played(plan: Plan, resolver: Resolver, lanes: list[range], start: int, stop: int) -> Iterator[np.ndarray]:
+    """Each step's rows (rows, 4), joined over the parts in their order."""
+    for step in range(start, stop):
+        yield np.array([resolver(row) for part in lanes for row in plan.rows(part, step)], dtype=np.int64)
+
+
+@dataclass
+class Finding:
+    name: str
+    fine: bool
+    text: str
+
+
+def audit(
+    config: RunConfig, world_sizes: list[int], workers: list[int], start: int, steps: int | None, run: str | None
+) -> list[Finding]:
+    """Checks the stream for each number of ranks and of workers of a rank, over `steps` steps from `start`.
+
+    Without `steps`: up to the end of the second epoch after `start`.
+
+    Raises:
+        UserError: the ranks don't divide the lanes, or the shards and their index don't fit.
+    """
+    if config.data.resampled:
+        raise UserError("data.resampled: shards that are drawn with replacement have no plan to audit")
+    plan, source = config.data.plan, Source(config.data.read)
+    for world_size in world_sizes:
+        if plan.lanes % world_size:
+            raise UserError(f"--world-size: {world_size} ranks do not divide the {plan.lanes} lanes")
+    index = load_index(config.data.train, folder=config.data.index, source=source)
+    rows_of_epoch, batch = index.samples * plan.repeats, config.data.global_batch_size
+    stop = start + steps if steps else -(-((start * batch // rows_of_epoch + 2) * rows_of_epoch) // batch)
+    alone = Resolver(index, config)
+    reference = list(played(plan, alone, [range(plan.lanes)], start, stop))
+    findings = [once(np.concatenate(reference), index, plan, start * batch)]
+    for world_size in world_sizes:
+        for count in workers:
+            findings.append(same(reference, index, config, world_size, max(count, 1), start))
+    findings.append(mixing(reference, index, source, plan, config))
+    findings.append(traffic(alone, reference, index, source))
+    if run is not None:
+        findings.append(logged(run, reference, index, source, start))
+    return findings
+
+
+def same(
+    reference: list[np.ndarray], index: Index, config: RunConfig, world_size: int, workers: int, start: int
+) -> Finding:
+    """Whether the joined parts of all workers of all ranks are the batches of one rank."""
+    plan = config.data.plan
+    parts = [
+        plan.lanes_of(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)
+    ]
+    # Each worker has a plan of its own, so that nothing passes between them.
+    streams = [played(plan, Resolver(index, config), [part], start, start + len(reference)) for part in parts if part]
+    differing = sum(
+        not np.array_equal(expected, np.concatenate(found))
+        for expected, *found in zip(reference, *streams, strict=True)
+    )
+    text = f"{world_size} ranks x {workers} workers, {len(reference)} steps from {start}: {differing} batches differ"
+    return Finding("same global batches as 1 rank", not differing, text)
+
+
+def once(rows: np.ndarray, index: Index, plan: Plan, first_row: int) -> Finding:
+    """Every sample of each whole epoch comes exactly `repeats` times, and none twice in part of one."""
+    name = "each sample once an epoch"
+    offsets = np.concatenate([[0], np.cumsum(index.counts)])
+    whole, wrong = 0, []
+    for epoch in np.unique(rows[:, 0]):
+        mine = rows[rows[:, 0] == epoch]
+        counts = np.bincount(
+            (offsets[mine[:, 1]] + mine[:, 2]) * plan.repeats + mine[:, 3], minlength=index.samples * plan.repeats
+        )
+        complete = len(mine) == index.samples * plan.repeats
+        whole += complete
+        if (counts > 1).any() or (complete and (counts != 1).any()):
+            wrong.append(f"epoch {epoch}: {(counts > 1).sum()} samples twice, {(counts == 0).sum()} missing")
+    text = f"{len(rows):,} rows, {whole} whole epochs of {index.samples:,} samples in {len(index)} shards"
+    return Finding(name, not wrong, text + "".join(f"; {w}" for w in wrong))
+
+
+def mixing(batches: list[np.ndarray], index: Index, source: Source, plan: Plan, config: RunConfig) -> Finding:
+    """The labels' chi-squared against its distribution over true shuffles of the same rows."""
+    name = "labels mixed as in a shuffle"
+    labels_of = [load_records(shard, source)["label"] for shard in index.shards]
+    labels = np.stack([np.array([labels_of[shard][number] for _, shard, number, _ in rows]) for rows in batches])
+    shards = np.mean([len(np.unique(rows[:, 1])) for rows in batches])
+    classes, counts = np.unique(labels, return_inverse=True)
+    codes = counts.reshape(labels.shape)
+    if len(classes) < 2 or len(batches) < 2:
+        return Finding(name, True, f"{len(classes)} classes in {len(batches)} batches: nothing to compare")
+
+    def chi_squared(codes: np.ndarray) -> float:
+        steps = len(codes)
+        cells = (codes + np.arange(steps)[:, None] * len(classes)).ravel()
+        found = np.bincount(cells, minlength=steps * len(classes)).reshape(steps, len(classes))
+        expected = found.sum(0) / steps
+        return float(((found - expected) ** 2 / expected).sum() / steps)
+
+    drawn = sorted(
+        chi_squared(codes.ravel()[random_order(codes.size, n, len(batches))].reshape(codes.shape))
+        for n in range(SIMULATIONS)
+    )
+    value, low, high = chi_squared(codes), drawn[SIMULATIONS // 100], drawn[-1 - SIMULATIONS // 100]
+    text = f"chi-squared {value:.3f}, shuffles {low:.3f} to {high:.3f} (1-99 %); {shards:.1f} shards in a batch"
+    if low <= value <= high:
+        return Finding(name, True, text)
+    if value < low:
+        return Finding(name, True, text + ": more even than a shuffle")
+    window = max(config.data.shuffle_pool // plan.lanes, 1)
+    return Finding(
+        name,
+        True,
+        text + f": not as mixed, since {plan.lanes} lanes with windows of {window} meet {len(index)} shards that hold"
+        " few classes each; raise data.shuffle_pool or data.lanes, or write the shards shuffled",
+    )
+
+
+def traffic(resolver: Resolver, batches: list[np.ndarray], index: Index, source: Source) -> Finding:
+    sizes = [load_records(shard, source)["nbytes"].astype(np.int64) for shard in index.shards]
+    fetched = sum(int(sizes[shard][begin:end].sum()) for shard, begin, end in resolver.fetched)
+    used = sum(int(sizes[shard][number]) for rows in batches for _, shard, number, copy in rows if copy == 0)
+    # Windows that the last step has entered are read whole.
+    return Finding("bytes fetched for each byte used", True, f"{fetched / max(used, 1):.3f} ({fetched:,} / {used:,})")
+
+
+def logged(run: str, batches: list[np.ndarray], index: Index, source: Source, start: int) -> Finding:
+    """Compares with what a run has written down (data.log_samples=true)."""
+    name = "as the run has logged"
+    files = sorted(glob.glob(os.path.join(run, "samples-rank*.jsonl")), key=lambda path: (len(path), path))
+    if not files:
+        raise UserError(f"{run}: no samples-rank*.jsonl; run with data.log_samples=true")
+    steps: dict[int, list[str]] = {}
+    for path in files:
+        with open(path) as file:
+            for line in file:
+                entry = json.loads(line)
+                steps.setdefault(entry["step"] - 1, []).extend(entry["samples"])
+    keys: dict[int, list[str]] = {}
+    compared, differing = 0, []
+    for step, rows in enumerate(batches, start):
+        if step not in steps:
+            continue
+        for shard in np.unique(rows[:, 1]):
+            keys.setdefault(int(shard), shard_keys(index.urls[shard], source))
+        expected = [f"{index.urls[shard]}: sample {keys[shard][number]}" for _, shard, number, _ in rows.tolist()]
+        compared += 1
+        if steps[step] != expected:
+            differing.append(step)
+    text = f"{len(files)} ranks, {compared} steps compared, {len(differing)} differ"
+    return Finding(name, compared > 0 and not differing, text + (f", the first is {differing[0]}" if differing else ""))
+
+
+def shard_keys(url: str, source: Source) -> list[str]:
+    """The keys of a shard's samples, read from the tar itself."""
+    keys: list[str] = []
+    with tarfile.open(fileobj=io.BytesIO(source.read(url, 0, source.size(url))), mode="r:") as tar:
+        for member in tar:
+            key, _ = member_key(member)
+            if key is not None and (not keys or keys[-1] != key):
+                keys.append(key)
+    return keys
