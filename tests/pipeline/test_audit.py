@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.data.index import load_index, write_index
-from pipeline.data.order import Order
+from pipeline.data.order import Order, Plan
 from tests.conftest import ROOT, SMALL, data, free_port, start, train
 
 
@@ -94,6 +94,22 @@ def test_audit_fails_where_a_sample_comes_twice(tmp_path, monkeypatch):
     findings = run_audit(load_config(str(tmp_path / "config.yaml")), [1], [1], 0, None, None)
     assert not findings[0].fine
     assert "samples twice" in findings[0].text
+
+
+def test_audit_fails_where_ranks_would_see_other_batches(tmp_path, monkeypatch):
+    from pipeline.audit import audit as run_audit
+    from pipeline.config import load_config
+
+    write_uneven(tmp_path, [300, 200])
+    audit(tmp_path, 2)
+    honest = Plan.lanes_of
+
+    def exchanged(self, rank, world_size, worker=0, workers=1):
+        return honest(self, world_size - 1 - rank, world_size, worker, workers)
+
+    monkeypatch.setattr(Plan, "lanes_of", exchanged)
+    findings = run_audit(load_config(str(tmp_path / "config.yaml")), [1, 2], [1], 0, None, None)
+    assert [finding.fine for finding in findings[:3]] == [True, True, False]
 
 
 def torchrun(ranks):

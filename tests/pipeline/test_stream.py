@@ -1,7 +1,9 @@
 """The batches: the same for any number of ranks and workers, exact evaluation, damage that is named."""
 
+import io
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -123,6 +125,27 @@ def test_a_flipped_header_byte_masks_its_sample_and_no_other(digits, tmp_path):
     assert len(bad) == 1
     assert re.search(r"train-000.tar: sample 10 of \d+", bad[0][0])
     assert re.search(r"damaged at byte \d+.*pipeline.shards verify", bad[0][1])
+
+
+def test_a_sample_that_was_exchanged_for_another_is_masked(digits, tmp_path):
+    """The tar is whole and has the same number of samples: only the index tells."""
+    for file in digits.iterdir():
+        shutil.copy(file, tmp_path)
+    path = tmp_path / "train-000.tar"
+    whole = [key for key in read_all(str(path))[0] if key]  # the rest pads the last batch
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    taken = members[6][0].partition(".")[0]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name.replace(taken, "9999"))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert path.stat().st_size == (digits / "train-000.tar").stat().st_size
+    keys, valid, bad = read_all(str(path))
+    assert valid.sum() == len(whole) - 1
+    assert "not the indexed sample" in bad[0][1]
+    assert [k for k, v in zip(keys, valid, strict=True) if v] == [k for k in whole if not k.endswith(taken)]
 
 
 def test_flipped_image_bytes_name_shard_and_sample(digits, tmp_path):
