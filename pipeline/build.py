@@ -118,6 +118,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     total_steps = config.run.total_steps(epoch_rows or 0, plan.global_batch)
     if ranks.is_main:
         run_dir.open(identity(config, index))
+        stop.watch(run_dir.file("STOP"))
     engine.barrier()
     run_dir.opened = True
     start_step, state = restore(run_dir, ranks)

@@ -3,8 +3,10 @@
 Imports torch only where it is used, so that signals are caught from the first moment of a process.
 """
 
+import os
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -76,11 +78,30 @@ def free_port() -> int:
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a third one ends the process at once."""
+    """Remembers SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a third one ends the process at once.
+
+    A file named `STOP` in the run directory counts as one: a batch system's shell can leave it where a signal would
+    kill the launcher. It is looked for at most once a second.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.count = 0
+        self.file: str | None = None
+        self.looked = 0.0
+
+    def watch(self, file: str) -> None:
+        """Looks for this file from now on; one that an earlier start has left goes."""
+        if os.path.exists(file):
+            os.remove(file)
+        self.file = file
+
+    def wanted(self) -> bool:
+        if self.name is None and self.file is not None and time.monotonic() - self.looked > 1.0:
+            self.looked = time.monotonic()
+            if os.path.exists(self.file):
+                self.name = "STOP file"
+        return self.name is not None
 
     def install(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -119,7 +140,7 @@ class Vote:
         import torch.distributed as dist
 
         assert self.pending is None
-        wish = torch.tensor([int(self.stop.name is not None), valid_rows])
+        wish = torch.tensor([int(self.stop.wanted()), valid_rows])
         work = dist.all_reduce(wish, group=self.group, async_op=True) if self.group is not None else None
         self.pending = work, wish
 

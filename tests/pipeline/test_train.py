@@ -45,14 +45,17 @@ def test_a_short_run_leaves_what_the_readme_promises(digits, tmp_path):
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 361
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP file"])
 def test_a_signal_saves_the_step_and_exits_in_order(digits, tmp_path, name):
     process = start(*SMALL, *data(digits), f"run.dir={tmp_path}", "run.steps=100000")
     end = time.time() + 60
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
         assert time.time() < end
         time.sleep(0.05)
-    process.send_signal(signal.Signals[name])
+    if name == "STOP file":
+        (tmp_path / "STOP").touch()
+    else:
+        process.send_signal(signal.Signals[name])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     status = json.loads((tmp_path / "exit.json").read_text())
