@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +120,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         stop.watch(run_dir.file("STOP"))
     engine.barrier()
     run_dir.opened = True
-    start_step, state = restore(run_dir, ranks)
+    start_step, state = restore(run_dir, engine, ranks)
     stream = train_stream(
         config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
         config.run.seed, ranks, start_step,
@@ -140,6 +139,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         for sink in sinks:
             sink.text("config", to_yaml(config))
     peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
+    facts = {"config": to_tree(config), "classes": classes}
+    saver = checkpoint.Saver(config.checkpoint, run_dir.checkpoints, engine, facts)
     trainer = Trainer(
         settings=config.run,
         engine=engine,
@@ -149,12 +150,11 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         val=val,
         sinks=sinks,
         meter=Meter(training_flops(config.model), peak, ranks.world_size),
-        vote=Vote(stop, ranks.world_size),
+        vote=Vote(stop, ranks, saver.wanted),
         ledger=Ledger(engine, run_dir.path, start_step, config.data.max_bad_fraction, config.data.log_samples),
-        save=saver(config, engine, run_dir, ranks, classes),
+        saver=saver,
         profiler=build_profiler(config, run_dir) if ranks.is_main else None,
         class_names=classes or [],
-        checkpoint_every=config.checkpoint.every_steps,
         start_step=start_step,
         total_steps=total_steps,
         epoch_rows=epoch_rows,
@@ -176,32 +176,19 @@ def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> tuple[L
     return Loader(stream, config.data.workers, engine.device), index.samples
 
 
-def restore(run_dir: RunDir, ranks: Ranks) -> tuple[int, Any]:
+def restore(run_dir: RunDir, engine: Engine, ranks: Ranks) -> tuple[int, Any]:
     """The step to go on from, and the state of the newest whole checkpoint."""
-    path, skipped = checkpoint.latest(run_dir.checkpoints)
+    # One rank reads and checks all of it, then the others need not.
+    found = checkpoint.latest(run_dir.checkpoints) if ranks.is_main else None
+    path, skipped = engine.gather_objects(found)[0]
     if ranks.is_main:
         for reason in skipped:
             print(f"skipped {reason}", file=sys.stderr)
     if path is None:
         return 0, None
-    facts = checkpoint.load_state(path)
     if ranks.is_main:
         print(f"resuming from {path}", flush=True)
-    return facts["step"], checkpoint.load(path, facts["updates"])
-
-
-def saver(
-    config: RunConfig, engine: Engine, run_dir: RunDir, ranks: Ranks, classes: list[str] | None
-) -> Callable[[int], None]:
-    facts = {"config": to_tree(config), "classes": classes}
-
-    def save(step: int) -> None:
-        state = engine.state()
-        if ranks.is_main:
-            checkpoint.save(run_dir.checkpoints, step, state, facts, config.checkpoint.keep_last)
-        engine.barrier()
-
-    return save
+    return checkpoint.load_state(path)["step"], checkpoint.load(path)
 
 
 def build_profiler(config: RunConfig, run_dir: RunDir) -> Any:

@@ -1,71 +1,173 @@
-"""Save, load, find and prune checkpoints.
+"""Save, load, find and prune checkpoints: `python -m pipeline.checkpoint ls|verify RUN`.
 
-A checkpoint is a folder `step-00001200` with full fp32 weights and moments (safetensors), `state.json`, and
-`manifest.json` with sizes and checksums, written last. It is written under another name, synced and renamed: a
-folder without a whole manifest is not a checkpoint. It fits any number of ranks, ZeRO stage and precision.
+A checkpoint is a folder `step-00001200` with full fp32 weights and moments (safetensors, of which each rank writes its
+share), `state.json`, and `manifest.json` with sizes and checksums, written last. It is written under another name,
+synced and renamed: a folder without a whole manifest is not a checkpoint. It fits any number of ranks, ZeRO stage and
+precision.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine import MOMENTS, TrainingState
+from pipeline.engine import MOMENTS, Engine, TrainingState
 from pipeline.errors import UserError
 from pipeline.options import option
 
 NAME = re.compile(r"step-(\d{8,})")
+RETRY_MINUTES = 1.0
+PART = re.compile(r"(model|optimizer)-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = option(1000, "steps between checkpoints; the last step always has one", may_change=True)
-    keep_last: int = option(2, "checkpoints to keep", may_change=True)
+    every_minutes: float | None = option(None, "longest time between checkpoints; null: no limit", may_change=True)
+    keep_last: int = option(2, "newest checkpoints to keep", may_change=True)
+    keep_every_steps: int | None = option(None, "checkpoints of these steps are kept for good", may_change=True)
+    keep_best: str | None = option(
+        None, "metric of an evaluation, such as val/top1: the checkpoint with the largest is kept", may_change=True
+    )
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, found {getattr(self, name)}")
+        for name in ("every_steps", "keep_last", "keep_every_steps", "every_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: must be positive, found {value}")
 
 
-def save(folder: str, step: int, state: TrainingState, facts: dict[str, Any], keep_last: int) -> str:
-    """Writes `folder/step-...` and removes all but the newest `keep_last`. Returns its path.
+class Saver:
+    """Writes a run's checkpoints in the background: training waits only until the state is copied to host memory.
 
-    Raises:
-        UserError: the disk is full or can't be written; older checkpoints stay whole.
+    Every rank has one, and all call its methods at the same steps.
     """
-    final = os.path.join(folder, f"step-{step:08d}")
-    partial = os.path.join(folder, f".part-step-{step:08d}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-        save_file(state.weights, os.path.join(partial, "model.safetensors"))
-        moments = {f"{key}.{name}": tensor for key in MOMENTS for name, tensor in state.moments[key].items()}
-        save_file(moments, os.path.join(partial, "optimizer.safetensors"))
-        _write_json(os.path.join(partial, "state.json"), {"step": step, "updates": state.updates, **facts})
-        files = {name: _facts(os.path.join(partial, name)) for name in sorted(os.listdir(partial))}
-        _write_json(os.path.join(partial, "manifest.json"), {"format": 1, "files": files})
-        for name in os.listdir(partial):
-            _sync(os.path.join(partial, name))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        _sync(folder)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError) and "No space" not in str(error) and "File too large" not in str(error):
-            raise
-        raise UserError(
-            f"{final}: can't write the checkpoint: {error}; free some space or choose another run.dir and start again"
-            " (older checkpoints are whole)"
-        ) from None
-    for old in _folders(folder)[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+    def __init__(self, config: CheckpointConfig, folder: str, engine: Engine, facts: dict[str, Any]):
+        import torch.distributed as dist
+
+        self.config, self.folder, self.engine, self.facts = config, folder, engine, facts
+        # A group of its own: the writing threads meet while training goes on.
+        self.group = dist.new_group(backend="gloo") if engine.ranks.world_size > 1 else None
+        self.thread: threading.Thread | None = None
+        self.failure: str | None = None  # of the last attempt
+        self.clock = time.monotonic()
+
+    def save(self, step: int, evaluation: dict[str, float]) -> None:
+        """Starts to write a checkpoint of `step`; a failure is kept in `failure`, and older checkpoints stay whole."""
+        self.wait()
+        self.clock = time.monotonic()
+        ranks = self.engine.ranks
+        state = self.engine.state()
+        facts = {"step": step, "updates": state.updates, "evaluation": evaluation, **self.facts}
+        self.thread = threading.Thread(target=self._write, args=(step, state, facts), name=f"save-{ranks.rank}")
+        self.thread.start()
+
+    def wanted(self) -> bool:
+        """Whether it is time for a checkpoint by the clock, or to try again after a failure."""
+        minutes = RETRY_MINUTES if self.failure else self.config.every_minutes
+        return minutes is not None and time.monotonic() - self.clock > 60 * minutes
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written, if there is one, lies on the disk."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self.wait()
+        if self.failure is not None:
+            raise UserError(self.failure)
+
+    def _write(self, step: int, state: TrainingState, facts: dict[str, Any]) -> None:
+        ranks = self.engine.ranks
+        final, partial = os.path.join(self.folder, f"step-{step:08d}"), os.path.join(self.folder, f".part-{step:08d}")
+        problem, written = None, {}
+        try:
+            written = write_share(partial, state, ranks.rank, ranks.world_size)
+        except Exception as error:
+            problem = f"rank {ranks.rank}: {error}"
+        try:
+            shares = self._gather((problem, written))
+            problem = "; ".join(found for found, _ in shares if found) or None
+            if problem is None and ranks.is_main:
+                complete(partial, final, {name: known for _, share in shares for name, known in share.items()}, facts)
+                prune(self.folder, self.config)
+        except Exception as error:
+            problem = str(error)
+        if problem is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            problem = (
+                f"{final}: can't write the checkpoint: {problem}; free some space or mend the run directory"
+                " (older checkpoints are whole)"
+            )
+            if ranks.is_main:
+                print(f"warning: {problem}", file=sys.stderr, flush=True)
+        self.failure = problem
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.engine.ranks.world_size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+
+def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -> dict[str, Any]:
+    """Writes a rank's part of weights and moments. Returns size and checksum of each file."""
+    os.makedirs(folder, exist_ok=True)
+    files = {}
+    part = f"{rank + 1:05d}-of-{world_size:05d}.safetensors"
+    moments = {f"{key}.{name}": tensor for key in MOMENTS for name, tensor in state.moments[key].items()}
+    for name, tensors in ((f"model-{part}", state.weights), (f"optimizer-{part}", moments)):
+        path = os.path.join(folder, name)
+        save_file(tensors, path)
+        _sync(path)
+        files[name] = _facts(path)
+    return files
+
+
+def complete(partial: str, final: str, files: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Adds `state.json` and the manifest to the written parts, and gives the folder its name."""
+    state = os.path.join(partial, "state.json")
+    _write_json(state, facts)
+    for name in os.listdir(partial):
+        if PART.fullmatch(name) and name not in files:  # of an attempt with another number of ranks
+            os.remove(os.path.join(partial, name))
+    _write_json(os.path.join(partial, "manifest.json"), {"format": 2, "files": {**files, "state.json": _facts(state)}})
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    _sync(os.path.dirname(final))
+
+
+def prune(folder: str, config: CheckpointConfig) -> None:
+    """Removes what is neither among the newest, nor of a step to keep, nor the best."""
+    found = _folders(folder)
+    kept = set(found[: config.keep_last])
+    if config.keep_every_steps:
+        kept |= {path for path in found if _step(path) % config.keep_every_steps == 0}
+    if config.keep_best:
+        scores = {path: _score(path, config.keep_best) for path in found}
+        kept.add(max(found, key=lambda path: scores[path]))
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: str) -> tuple[str | None, list[str]]:
@@ -83,31 +185,42 @@ def verify(path: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         with open(os.path.join(path, "manifest.json")) as file:
-            files = json.load(file)["files"]
-        for name, facts in files.items():
+            manifest = json.load(file)
+        if manifest["format"] != 2:
+            return f"format {manifest['format']}, this version reads 2"
+        for name, facts in manifest["files"].items():
             if _facts(os.path.join(path, name)) != facts:
                 return f"{name} does not fit the manifest's size and checksum"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"not whole: {error}"
     return None
 
 
 def load_state(path: str) -> dict[str, Any]:
-    """What `save` was given as facts, with `step` and `updates`."""
-    wrong = verify(path)
-    if wrong is not None:
-        raise UserError(f"{path}: no whole checkpoint: {wrong}; name another one")
+    """What `Saver` was given as facts, with `step`, `updates` and `evaluation`; of a checkpoint that is whole."""
     with open(os.path.join(path, "state.json")) as file:
         return json.load(file)
 
 
-def load(path: str, updates: int) -> TrainingState:
-    weights = load_file(os.path.join(path, "model.safetensors"))
+def require(path: str) -> None:
+    """Raises UserError where a folder is no whole checkpoint."""
+    wrong = verify(path)
+    if wrong is not None:
+        raise UserError(f"{path}: no whole checkpoint: {wrong}; name another one")
+
+
+def load(path: str, with_moments: bool = True) -> TrainingState:
+    """Weights, and moments where wanted, of a checkpoint that is whole."""
+    weights: dict[str, Any] = {}
     moments: dict[str, dict] = {key: {} for key in MOMENTS}
-    for name, tensor in load_file(os.path.join(path, "optimizer.safetensors")).items():
-        key, _, parameter = name.partition(".")
-        moments[key][parameter] = tensor
-    return TrainingState(weights, moments, updates)
+    for name in sorted(os.listdir(path)):
+        if name.startswith("model-"):
+            weights |= load_file(os.path.join(path, name))
+        elif name.startswith("optimizer-") and with_moments:
+            for full, tensor in load_file(os.path.join(path, name)).items():
+                key, _, parameter = full.partition(".")
+                moments[key][parameter] = tensor
+    return TrainingState(weights, moments, load_state(path)["updates"])
 
 
 def _folders(folder: str) -> list[str]:
@@ -117,6 +230,19 @@ def _folders(folder: str) -> list[str]:
     except FileNotFoundError:
         return []
     return [os.path.join(folder, name) for name in names]
+
+
+def _step(path: str) -> int:
+    found = NAME.fullmatch(os.path.basename(path))
+    assert found is not None
+    return int(found[1])
+
+
+def _score(path: str, metric: str) -> float:
+    try:
+        return float(load_state(path)["evaluation"].get(metric, float("-inf")))
+    except (OSError, ValueError, KeyError):
+        return float("-inf")
 
 
 def _facts(path: str) -> dict[str, Any]:
@@ -130,6 +256,7 @@ def _facts(path: str) -> dict[str, Any]:
 def _write_json(path: str, value: Any) -> None:
     with open(path, "w") as file:
         json.dump(value, file, indent=1)
+    _sync(path)
 
 
 def _sync(path: str) -> None:
@@ -138,3 +265,26 @@ def _sync(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoint", description="Lists or verifies checkpoints.")
+    parser.add_argument("command", choices=["ls", "verify"], help="ls: steps and sizes; verify: also all checksums")
+    parser.add_argument("folder", help="a run directory, or the folder of its checkpoints")
+    parsed = parser.parse_args()
+    inner = os.path.join(parsed.folder, "checkpoints")
+    paths = _folders(inner if os.path.isdir(inner) else parsed.folder)
+    if not paths:
+        print(f"error: {parsed.folder}: no checkpoints", file=sys.stderr)
+        return 2
+    bad = 0
+    for path in paths:
+        size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
+        wrong = verify(path) if parsed.command == "verify" else None
+        bad += wrong is not None
+        print(f"{path}  {size / 2**20:10.1f} MiB  {wrong or ('whole' if parsed.command == 'verify' else '')}".rstrip())
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

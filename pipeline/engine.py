@@ -146,14 +146,16 @@ class Engine:
         return norm
 
     def state(self) -> TrainingState:
-        """Collective: every rank calls it; the tensors are whole on every rank."""
-        weights, moments, updates = {}, {key: {} for key in MOMENTS}, 0  # type: ignore[var-annotated]
+        """A host copy of this rank's share of the state. Collective: all ranks' shares together are the whole."""
+        weights, moments = {}, {key: {} for key in MOMENTS}  # type: ignore[var-annotated]
+        sizes = {name: parameter_size(parameter) for name, parameter in self.module.named_parameters()}
+        mine = set(share_of(sizes, self.ranks.rank, self.ranks.world_size))
         for name, parameter in self.module.named_parameters():
-            weights[name] = self.full(parameter, None)
-            for key in MOMENTS:
-                moments[key][name] = self.full(parameter, key)
-        updates = self.updates()
-        return TrainingState(weights, moments, updates)
+            for key, kept in ((None, weights), *moments.items()):
+                value = self.full(parameter, key, name in mine)
+                if value is not None:
+                    kept[name] = value
+        return TrainingState(weights, moments, self.updates())
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
@@ -162,8 +164,10 @@ class Engine:
         steps = [int(state["step"]) for state in self.torch_optimizer().state.values() if "step" in state]
         return max(steps, default=0)
 
-    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """A parameter (key None) or one of its moments as a full fp32 copy on the CPU."""
+    def full(self, parameter: nn.Parameter, key: str | None, wanted: bool) -> Tensor | None:
+        """A parameter (key None) or one of its moments as a full fp32 copy on the CPU, on ranks that want it."""
+        if not wanted:
+            return None
         value = parameter if key is None else self.torch_optimizer().state[parameter][key]
         return value.detach().to("cpu", torch.float32, copy=True)
 
@@ -272,7 +276,7 @@ class DeepSpeedEngine(Engine):
         optimizer = self.model.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
-    def full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+    def full(self, parameter: nn.Parameter, key: str | None, wanted: bool) -> Tensor | None:
         if hasattr(self.zero, "fp16_groups") and hasattr(self.zero, "fp32_groups"):  # ZeRO-0 with master weights
             parameter = self._master(parameter)
         elif self.zero is not self.torch_optimizer():
@@ -282,8 +286,8 @@ class DeepSpeedEngine(Engine):
             value = (
                 safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
             )
-            return value.detach().to("cpu", torch.float32, copy=True)
-        return super().full(parameter, key)
+            return value.detach().to("cpu", torch.float32, copy=True) if wanted else None
+        return super().full(parameter, key, wanted)
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
@@ -347,6 +351,20 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         self.model.destroy()
         super().close()
+
+
+def parameter_size(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+
+
+def share_of(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
+    """The names that fall to a rank: contiguous, and about as many numbers for each."""
+    total, before, mine = max(sum(sizes.values()), 1), 0, []
+    for name, size in sizes.items():
+        if min((before + size / 2) * world_size // total, world_size - 1) == rank:
+            mine.append(name)
+        before += size
+    return mine
 
 
 def build_engine(config: EngineConfig, plan: BatchPlan, ranks: Ranks) -> Engine:

@@ -30,12 +30,13 @@ def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers
 
     if os.path.isdir(os.path.join(path, "checkpoints")):
         path = checkpoint.latest(os.path.join(path, "checkpoints"))[0] or path
+    checkpoint.require(path)
     facts = checkpoint.load_state(path)
     config = config_from_tree(facts["config"], path)
     names = facts["classes"] or []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ViT(config.model)
-    load_weights(model, checkpoint.load(path, 0).weights)
+    load_weights(model, checkpoint.load(path, with_moments=False).weights)
     model.to(device).eval()
     index = load_index(urls or config.data.val, folder=config.data.index, source=Source(config.data.read))
     size, classes = config.model.image_size, config.model.num_classes

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -121,18 +121,26 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    stop: bool
+    save: bool
+    valid_rows: int  # of the global batch
+
+
 class Vote:
     """What all ranks must know of each other before a step, without asking a device.
 
-    `start` sends, on a CPU group, whether this rank wants to stop and how many of its rows are valid; `finish` brings
-    the answer of all, a step later, when it has long arrived. So all stop before the same step.
+    `start` sends, on a CPU group, whether this rank wants to stop or (rank 0 only) a checkpoint by the clock, and how
+    many of its rows are valid; `finish` brings the answer of all, a step later, when it has long arrived. So all do
+    the same at the same step.
     """
 
-    def __init__(self, stop: StopSignal, world_size: int):
+    def __init__(self, stop: StopSignal, ranks: Ranks, save_wanted: Callable[[], bool]):
         import torch.distributed as dist
 
-        self.stop = stop
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self.stop, self.ranks, self.save_wanted = stop, ranks, save_wanted
+        self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.pending: Any = None
 
     def start(self, valid_rows: int) -> None:
@@ -140,15 +148,15 @@ class Vote:
         import torch.distributed as dist
 
         assert self.pending is None
-        wish = torch.tensor([int(self.stop.wanted()), valid_rows])
+        save = self.ranks.is_main and self.save_wanted()
+        wish = torch.tensor([int(self.stop.wanted()), int(save), valid_rows])
         work = dist.all_reduce(wish, group=self.group, async_op=True) if self.group is not None else None
         self.pending = work, wish
 
-    def finish(self) -> tuple[bool, int]:
-        """Whether to stop, and the valid rows of the global batch."""
+    def finish(self) -> Agreement:
         work, wish = self.pending
         self.pending = None
         if work is not None:
             work.wait()
-        stop, rows = wish.tolist()
-        return stop > 0, rows
+        stop, save, rows = wish.tolist()
+        return Agreement(stop > 0, save > 0, rows)

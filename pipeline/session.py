@@ -1,6 +1,7 @@
 """One start of a training command, from the first signal handler to exit code."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -86,7 +87,8 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         return 0
     except BaseException as error:
         shown = explain(error, config, ranks)
-        run_dir.end("failed", run.trainer.steps_done if run else 0, f"rank {ranks.rank}: {shown}")
+        with contextlib.suppress(OSError):  # the disk may be what is wrong
+            run_dir.end("failed", run.trainer.steps_done if run else 0, f"rank {ranks.rank}: {shown}")
         if run is not None:
             run.trainer.close()
         if shown is not error:

@@ -1,6 +1,7 @@
 """The training loop: `fit` over injected parts, and one optimizer `step`."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint import Saver
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
@@ -78,10 +80,9 @@ class Trainer:
     meter: Meter
     vote: Vote
     ledger: Ledger
-    save: Callable[[int], None]
+    saver: Saver
     profiler: Any
     class_names: list[str]
-    checkpoint_every: int
     start_step: int
     total_steps: int
     epoch_rows: int | None  # None: there are no epochs
@@ -99,12 +100,12 @@ class Trainer:
         batch = self._next(batches)
         self._show_inputs(step, batch)
         while step < self.total_steps:
-            stop, valid_rows = self.vote.finish()
-            if stop:
+            agreed = self.vote.finish()
+            if agreed.stop:
                 break
-            result = self.step(step, batch, valid_rows)
+            result = self.step(step, batch, agreed.valid_rows)
             self.ledger.add(step, batch)
-            self.bad_rows_seen |= valid_rows < self.engine.plan.global_batch
+            self.bad_rows_seen |= agreed.valid_rows < self.engine.plan.global_batch
             self.steps_done = step = step + 1
             for metrics in result.metrics:
                 sums.add(metrics)
@@ -112,16 +113,15 @@ class Trainer:
                 self._log(step, sums.read(), result.grad_norm)
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
                 self.evaluate(step)
-            if due(step, self.checkpoint_every, self.total_steps):
-                self._settle(step)
-                self.save(step)
+            if due(step, self.saver.config.every_steps, self.total_steps) or agreed.save:
+                self._save(step)
                 saved = step
             self._tell(step)
             if step < self.total_steps:
                 batch = self._next(batches)
         if step != saved and step > 0:
-            self._settle(step)
-            self.save(step)
+            self._save(step)
+        self.saver.finish()
         return ("finished" if step == self.total_steps else "saved"), step
 
     def step(self, step: int, batch: Batch, valid_rows: int) -> StepResult:
@@ -151,8 +151,7 @@ class Trainer:
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._stop_if(self.ledger.settle("val", self.val_samples), step)
-        for sink in self.sinks:
-            sink.scalars(step, self.last_evaluation)
+        self._show("scalars", step, self.last_evaluation)
         self.meter.reset()
         return self.last_evaluation
 
@@ -166,15 +165,17 @@ class Trainer:
         if self.epoch_rows is not None:
             values["epoch"] = step * self.engine.plan.global_batch / self.epoch_rows
         self._settle(step)
+        if self.saver.failure is not None:
+            values["checkpoint_failed"] = 1.0
         if self.ledger.total:
             values["bad_samples"] = self.ledger.total
         values |= {"grad_norm": float(grad_norm), **self.meter.read()}
-        for sink in self.sinks:
-            sink.scalars(step, values)
+        self._show("scalars", step, values)
 
     def _stop_if(self, problem: str | None, step: int) -> None:
         if problem is not None:
-            self.save(step)  # nothing is wrong with the weights: the rows were masked
+            self.saver.save(step, self.last_evaluation)  # nothing is wrong with the weights: the rows were masked
+            self.saver.finish()
             raise UserError(problem)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
@@ -185,25 +186,35 @@ class Trainer:
         self.vote.start(batch.valid_rows)
         return batch
 
+    def _save(self, step: int) -> None:
+        self._settle(step)
+        self.saver.save(step, self.last_evaluation)
+
     def _settle(self, step: int) -> None:
         if self.bad_rows_seen:
             self.bad_rows_seen = False
             self._stop_if(self.ledger.settle("train", self.epoch_rows or step * self.engine.plan.global_batch), step)
 
     def _tell(self, step: int) -> None:
-        for sink in self.sinks:
-            sink.step(step)
+        self._show("step", step)
         if self.profiler is not None:
             self.profiler.step()
 
     def _show_inputs(self, step: int, batch: Batch) -> None:
         names = self.class_names
         labels = [names[label] if label < len(names) else str(label) for label in batch.labels[:32].tolist()]
+        self._show("images", step, batch.images[:32], labels)
+
+    def _show(self, method: str, *values: Any) -> None:
         for sink in self.sinks:
-            sink.images(step, batch.images[:32], labels)
+            try:
+                getattr(sink, method)(*values)
+            except OSError as error:  # a full disk must not end the training
+                print(f"warning: {type(sink).__name__}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.ledger.close()
+        self.saver.wait()
         for sink in self.sinks:
             sink.close()
         for loader in (self.train, self.val):

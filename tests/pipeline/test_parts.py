@@ -1,17 +1,20 @@
 """Schedule, optimizer groups, objective, batch arithmetic, ranks, checkpoints, each on its own."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.engine import TrainingState, plan_batch
+from pipeline.engine import TrainingState, plan_batch, share_of
 from pipeline.errors import UserError
 from pipeline.objectives.classification import Config
 from pipeline.optimizer import OptimizerConfig, parameter_groups
 from pipeline.runtime import Ranks, read_ranks
 from pipeline.schedule import ScheduleConfig, learning_rate
+from tests.conftest import ROOT
 from vit.model import ViT, ViTConfig
 
 
@@ -78,30 +81,59 @@ def test_ranks_are_read_from_each_launcher():
         read_ranks({"RANK": "0", "WORLD_SIZE": "two"})
 
 
-def state(value):
-    weights = {"a": torch.full((3, 2), value)}
-    moments = {key: {"a": torch.full((3, 2), value)} for key in ("exp_avg", "exp_avg_sq")}
+def state(value, name):
+    weights = {name: torch.full((3, 2), value)}
+    moments = {key: {name: torch.full((3, 2), value)} for key in ("exp_avg", "exp_avg_sq")}
     return TrainingState(weights, moments, updates=int(value))
 
 
-def test_checkpoints_are_pruned_and_the_newest_whole_one_is_found(tmp_path):
-    folder = str(tmp_path)
+def save(folder, step, value, world_size=1, evaluation=(), **options):
+    """A checkpoint of `world_size` shares, and what the options keep of the folder."""
+    partial, final = f"{folder}/.part-{step:08d}", f"{folder}/step-{step:08d}"
+    files = {}
+    for rank in range(world_size):
+        share = state(value, "ab"[rank])
+        files |= checkpoint.write_share(partial, share, rank, world_size)
+    facts = {"step": step, "updates": int(value), "evaluation": dict(evaluation)}
+    checkpoint.complete(partial, final, files, facts)
+    checkpoint.prune(str(folder), checkpoint.CheckpointConfig(**options))
+
+
+def test_the_newest_whole_checkpoint_is_found_and_read(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.save(folder, step, state(float(step)), {"config": {}}, keep_last=2)
-    path, skipped = checkpoint.latest(folder)
+        save(tmp_path, step, float(step), world_size=2, keep_last=2)
+    path, skipped = checkpoint.latest(str(tmp_path))
     assert path.endswith("step-00000003")
     assert not skipped
     assert not (tmp_path / "step-00000001").exists()
-    loaded = checkpoint.load(path, checkpoint.load_state(path)["updates"])
-    assert torch.equal(loaded.moments["exp_avg"]["a"], torch.full((3, 2), 3.0))
+    loaded = checkpoint.load(path)
+    for name in "ab":
+        assert torch.equal(loaded.weights[name], torch.full((3, 2), 3.0))
+        assert torch.equal(loaded.moments["exp_avg"][name], torch.full((3, 2), 3.0))
     assert loaded.updates == 3
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no manifest"])
+def test_the_best_and_those_of_chosen_steps_are_kept(tmp_path):
+    for step, top1 in ((2, 0.1), (3, 0.9), (4, 0.2), (5, 0.3), (6, 0.4)):
+        save(tmp_path, step, 1.0, evaluation={"val/top1": top1}.items(), keep_last=1, keep_every_steps=4,
+             keep_best="val/top1")  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (3, 4, 6)]
+
+
+def test_every_rank_writes_about_as_much():
+    sizes = {f"p{n}": size for n, size in enumerate([7, 1, 1, 50, 3, 30, 30, 4])}
+    shares = [share_of(sizes, rank, 3) for rank in range(3)]
+    assert [name for mine in shares for name in mine] == list(sizes)
+    assert all(20 < sum(sizes[name] for name in mine) < 70 for mine in shares)
+    assert share_of({"only": 5}, 0, 2) + share_of({"only": 5}, 1, 2) == ["only"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no manifest", "no part"])
 def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, damage):
     for step in (1, 2):
-        checkpoint.save(str(tmp_path), step, state(1.0), {"config": {}}, keep_last=3)
-    file = tmp_path / "step-00000002" / ("manifest.json" if damage == "no manifest" else "model.safetensors")
+        save(tmp_path, step, 1.0, world_size=2)
+    folder = tmp_path / "step-00000002"
+    file = folder / ("manifest.json" if damage == "no manifest" else "model-00002-of-00002.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[-1] ^= 1
@@ -114,4 +146,9 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path, damage):
     assert path.endswith("step-00000001")
     assert "step-00000002" in skipped[0]
     with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint.load_state(str(tmp_path / "step-00000002"))
+        checkpoint.require(str(folder))
+    command = [sys.executable, "-m", "pipeline.checkpoint", "verify", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stdout.count("whole") == 1 + (damage in ("no manifest", "no part"))
+    assert "step-00000002" in done.stdout

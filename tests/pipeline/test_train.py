@@ -45,13 +45,17 @@ def test_a_short_run_leaves_what_the_readme_promises(digits, tmp_path):
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 361
 
 
+def wait_for_steps(run, steps):
+    end = time.time() + 120
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("grad_norm") < steps:
+        assert time.time() < end
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP file"])
 def test_a_signal_saves_the_step_and_exits_in_order(digits, tmp_path, name):
     process = start(*SMALL, *data(digits), f"run.dir={tmp_path}", "run.steps=100000")
-    end = time.time() + 60
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert time.time() < end
-        time.sleep(0.05)
+    wait_for_steps(tmp_path, 1)
     if name == "STOP file":
         (tmp_path / "STOP").touch()
     else:
@@ -161,10 +165,10 @@ def test_shards_can_be_drawn_with_replacement_without_an_index(digits, tmp_path)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 2 MB; needs the right to mount."""
+    """A real file system of 12 MB; needs the right to mount."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
@@ -180,8 +184,29 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(digits, small_disk):
     assert code == 2, output
     assert "can't write the checkpoint" in output
     assert "free some space" in output
+    assert "finished" not in output
     path, skipped = checkpoint.latest(str(run / "checkpoints"))
     assert path is not None
+    assert not skipped
+
+
+def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(digits, small_disk):
+    from pipeline import checkpoint
+
+    run = small_disk / "run"
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(11_000_000))
+    process = start(*SMALL, *data(digits), f"run.dir={run}", "checkpoint.every_steps=2", "run.steps=60")
+    wait_for_steps(run, 6)
+    filler.unlink()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "warning: " in output
+    assert "can't write the checkpoint" in output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("checkpoint_failed") for line in lines)
+    path, skipped = checkpoint.latest(str(run / "checkpoints"))
+    assert path.endswith("step-00000060")
     assert not skipped
 
 
@@ -219,8 +244,8 @@ def test_a_tar_without_images_is_refused_with_its_sample(tmp_path):
 
 
 COMMANDS = [
-    ["pipeline/train.py"], ["-m", "pipeline.evaluate"], ["-m", "pipeline.shards"],
-    *(["-m", "pipeline.shards", command] for command in ("digits", "index", "verify")),
+    ["pipeline/train.py"], ["-m", "pipeline.evaluate"], ["-m", "pipeline.checkpoint"], ["-m", "pipeline.shards"],
+    *(["-m", "pipeline.shards", command] for command in ("digits", "index", "verify", "audit")),
 ]  # fmt: skip
 
 
