@@ -64,6 +64,7 @@ class Batch:
     labels: Tensor  # (B,), int64
     valid: Tensor  # (B,), bool: False for rows that only pad
     keys: list[str]
+    targets: Tensor | None = None  # (B, classes), float32: set on the device where images are mixed
 
     def __len__(self) -> int:
         return len(self.labels)

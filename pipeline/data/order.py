@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 # One number for each use of the seed, so that no two of them share their random numbers.
-SHARDS, WINDOW, AUGMENT, DROPOUT = range(4)
+SHARDS, WINDOW, AUGMENT, DROPOUT, MIX = range(5)
 
 
 def random_order(n: int, *key: int) -> np.ndarray:
