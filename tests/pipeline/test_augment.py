@@ -261,8 +261,19 @@ def test_color_jitter_draws_factors_evenly_and_changes_what_is_asked():
     assert levels.mean() == pytest.approx(99.5, abs=2)
     nothing = color_jitter.Config(brightness=0.0, contrast=0.0, saturation=0.0)
     np.testing.assert_array_equal(nothing(IMAGE, 224, rng(0)), IMAGE)
-    orders = {color_jitter.Config(brightness=0.9)(IMAGE[:8, :8], 8, rng(key)).tobytes() for key in range(9)}
-    assert len(orders) == 9
+
+
+def test_color_jitter_changes_as_pillow_does_in_any_order():
+    orders = set()
+    for key in range(24):
+        generator, expected = rng(key), PIL_IMAGE
+        order = generator.permutation(3).tolist()
+        for number in order:
+            kind, factor = ("Brightness", "Contrast", "Color")[number], generator.uniform(0.7, 1.3)
+            expected = enhanced(kind)(expected, factor)
+        np.testing.assert_array_equal(color_jitter.Config()(IMAGE, 224, rng(key)), expected)
+        orders.add(tuple(order))
+    assert len(orders) == 6
 
 
 def test_random_erasing_has_its_rate_areas_and_noise():

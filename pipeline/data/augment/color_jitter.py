@@ -20,7 +20,6 @@ class Config:
                 raise ValueError(f"{name}: must not be negative, found {getattr(self, name)}")
 
     def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        image = np.ascontiguousarray(image)
         changes = [
             (pixels.brightness, self.brightness), (pixels.contrast, self.contrast), (pixels.color, self.saturation)
         ]  # fmt: skip

@@ -54,7 +54,6 @@ class Config:
             raise ValueError("increasing: only flavour timm has it")
 
     def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        image = np.ascontiguousarray(image)
         names = OPERATIONS[self.flavour]
         for number in rng.integers(0, len(names), size=self.ops):
             if rng.random() < self.probability:

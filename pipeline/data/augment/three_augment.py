@@ -20,7 +20,6 @@ class Config:
             )
 
     def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        image = np.ascontiguousarray(image)
         match rng.integers(0, 3):
             case 0:
                 return pixels.grayscale(image)
