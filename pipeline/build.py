@@ -14,6 +14,7 @@ from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
 from pipeline.data.digits import TRAIN, write_digits
 from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
+from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
 from pipeline.engine import Engine, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
@@ -107,6 +108,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         UserError: a mistake of the user's, before anything is trained or overwritten.
     """
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
+    check_blocks(config.mix, plan.micro_batch, plan.micro_batch * plan.accumulation)
     engine = build_engine(config.engine, plan, ranks)
     if ranks.is_main:
         prepare_data(config, ranks)
@@ -145,6 +147,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         settings=config.run,
         engine=engine,
         objective=config.objective,
+        mix=config.mix,
+        num_classes=config.model.num_classes,
         schedule=lambda step: learning_rate(step, total_steps, config.schedule),
         train=train,
         val=val,

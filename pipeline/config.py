@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.data.loader import DataConfig
+from pipeline.data.mix import MixConfig
 from pipeline.engine import EngineConfig
 from pipeline.errors import UserError
 from pipeline.optimizer import OptimizerConfig
@@ -41,6 +42,7 @@ class RunConfig:
     model: ViTConfig = ViTConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
     objective: Any = option("classification", "what is minimised", plugins="objectives")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -14,6 +14,7 @@ from pipeline.build import check_labels, prepare_data
 from pipeline.config import RunConfig, to_yaml
 from pipeline.data.index import expand_urls, load_index
 from pipeline.data.loader import Batch
+from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_pipe
 from pipeline.engine import REDUCE_BUCKET_SIZE, BatchPlan, plan_batch
 from pipeline.errors import UserError
@@ -101,6 +102,7 @@ def activation_bytes(config: RunConfig, micro_batch: int, zero: bool) -> int:
 def dry_run(config: RunConfig, ranks: Ranks) -> int:
     """Prints what would be trained. Returns 0, or 2 where the shards are not as they should be."""
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
+    check_blocks(config.mix, plan.micro_batch, plan.micro_batch * plan.accumulation)
     if not ranks.is_main:
         return 0
     with torch.device("meta"):

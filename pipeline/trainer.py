@@ -1,10 +1,9 @@
 """The training loop: `fit` over injected parts, and one optimizer `step`."""
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import Saver
 from pipeline.data.loader import Batch, Loader
+from pipeline.data.mix import MixConfig, mix
 from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
 from pipeline.errors import UserError
@@ -73,6 +73,8 @@ class Trainer:
     settings: RunSettings
     engine: Engine
     objective: Any
+    mix: MixConfig
+    num_classes: int
     schedule: Callable[[int], float]
     train: Loader
     val: Loader | None
@@ -132,7 +134,10 @@ class Trainer:
         for number, micro in enumerate(batch.split(plan.micro_batch)):
             seed_dropout(self.settings.seed, step, engine.ranks.rank, number)
             with engine.micro_step():
-                loss_sum, values = self.objective(engine.model, normalised(micro, engine.input_dtype))
+                inputs = normalised(micro, engine.input_dtype)
+                if self.mix.on:
+                    inputs = self._mixed(inputs, step, engine.ranks.rank * len(batch) + number * plan.micro_batch)
+                loss_sum, values = self.objective(engine.model, inputs)
                 engine.backward(loss_sum / max(valid_rows, 1))
                 metrics.append(values)
         return StepResult(engine.step(self.schedule(step)), metrics)
@@ -154,6 +159,13 @@ class Trainer:
         self._show("scalars", step, self.last_evaluation)
         self.meter.reset()
         return self.last_evaluation
+
+    def _mixed(self, batch: Batch, step: int, first_row: int) -> Batch:
+        images, targets = mix(
+            batch.images, batch.labels, batch.valid, self.num_classes, self.mix,
+            seed=self.settings.seed, step=step, first_row=first_row,
+        )  # fmt: skip
+        return replace(batch, images=images, targets=targets)
 
     def _log(self, step: int, means: dict[str, float], grad_norm: Tensor) -> None:
         if not means["loss"] == means["loss"] or abs(means["loss"]) == float("inf"):
@@ -225,7 +237,7 @@ class Trainer:
 def normalised(batch: Batch, dtype: torch.dtype) -> Batch:
     """uint8 pixels to [-1, 1], as the original release has them: (B, 3, S, S)."""
     images = batch.images.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
-    return dataclasses.replace(batch, images=images)
+    return replace(batch, images=images)
 
 
 def seed_dropout(*key: int) -> None:

@@ -77,6 +77,7 @@ class Batch:
     keys: list[str]
     valid_rows: int  # known on the host, without asking the device
     bad: list[tuple[str, str]] = field(default_factory=list)  # which samples, and why
+    targets: Tensor | None = None  # (B, classes), float32: set on the device where images are mixed
 
     def __len__(self) -> int:
         return len(self.labels)

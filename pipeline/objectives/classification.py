@@ -1,4 +1,4 @@
-"""Cross-entropy against class labels."""
+"""Cross-entropy against class labels, or against the soft targets of mixed images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +20,12 @@ class Config:
             raise ValueError(f"label_smoothing: must lie in [0, 1), found {self.label_smoothing}")
 
     def __call__(self, model: Callable[[Tensor], Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Shapes: batch.images (B, 3, S, S) normalised, labels (B,), valid (B,). Masked rows count nowhere."""
+        """Shapes: batch.images (B, 3, S, S) normalised, labels (B,), valid (B,), targets (B, classes) or None.
+
+        Masked rows count nowhere. The metrics top1 and top5 are of the labels.
+        """
         logits = model(batch.images).float()  # (B, classes)
-        losses = self.per_row(logits, batch.labels) * batch.valid  # (B,)
+        losses = self.per_row(logits, batch.labels, batch.targets) * batch.valid  # (B,)
         with torch.no_grad():
             true = logits.gather(1, batch.labels[:, None])  # (B, 1)
             above = (logits > true).sum(1)  # (B,): classes that are ranked above the true one
@@ -35,15 +38,18 @@ class Config:
             }
         return losses.sum(), metrics
 
-    def per_row(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Shapes: logits (B, classes), labels (B,) -> (B,)."""
+    def per_row(self, logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Shapes: logits (B, classes), labels (B,) -> (B,). Soft `targets` (B, classes) stand for the labels."""
         classes = logits.shape[1]
         if self.loss == "softmax":
             log_p = logits.log_softmax(1)
-            true = log_p.gather(1, labels[:, None])[:, 0]
+            true = log_p.gather(1, labels[:, None])[:, 0] if targets is None else (targets * log_p).sum(1)
             return -(1 - self.label_smoothing) * true - self.label_smoothing * log_p.mean(1)
-        target = torch.full_like(logits, self.label_smoothing / classes)
-        target.scatter_(1, labels[:, None], 1 - self.label_smoothing + self.label_smoothing / classes)
+        if targets is None:
+            target = torch.full_like(logits, self.label_smoothing / classes)
+            target.scatter_(1, labels[:, None], 1 - self.label_smoothing + self.label_smoothing / classes)
+        else:
+            target = (1 - self.label_smoothing) * targets + self.label_smoothing / classes
         # -(t log s(x) + (1 - t) log s(-x)), with log s(x) = -softplus(-x)
         softplus = torch.logaddexp(logits, logits.new_zeros(()))
         return (softplus - target * logits).sum(1)

@@ -260,7 +260,8 @@ def test_help_explains_itself(words):
 
 
 def test_dry_run_of_vit_b16_counts_parameters_and_names_missing_shards():
-    code, output = train("--dry-run", "--config", "configs/vit_b16_in1k.yaml", "engine.micro_batch_size=2")
+    words = ["engine.micro_batch_size=2", "mix.block_rows=2"]
+    code, output = train("--dry-run", "--config", "configs/vit_b16_in1k.yaml", *words)
     assert code == 2
     assert "86,567,656 parameters" in output
     assert "105.15 GFLOP" in output
