@@ -1,21 +1,14 @@
-"""Shards: `python -m pipeline.shards digits|index|verify`."""
+"""Shards: `python -m pipeline.shards digits|write|index|verify`."""
 
 import argparse
 import glob
+import json
 import sys
 
-from pipeline.data.decode import decode
 from pipeline.data.digits import write_digits
-from pipeline.data.index import (
-    IMAGE_SUFFIXES,
-    expand_urls,
-    load_index,
-    load_records,
-    parse_tar,
-    read_range,
-    sample_digest,
-    write_index,
-)
+from pipeline.data.index import expand_urls, write_index
+from pipeline.data.verify import summary, verify_shards
+from pipeline.data.write import WriteConfig, add_options, write_shards
 from pipeline.errors import UserError
 
 
@@ -34,27 +27,33 @@ def index(urls: list[str]) -> int:
     return 0
 
 
-def verify(urls: list[str]) -> int:
+def write(places: list[str], folder: str, config: WriteConfig) -> int:
+    from tqdm import tqdm
+
+    try:
+        with tqdm(unit=" samples", unit_scale=True) as progress:
+            written = write_shards(places, folder, config, progress)
+        index(sorted(glob.glob(f"{glob.escape(folder)}/*.tar")))
+    except KeyboardInterrupt:
+        print("interrupted: finished shards are kept; start the same command again to go on", file=sys.stderr)
+        return 130
+    if written.skipped:
+        print(f"left out {written.skipped} bad samples, listed in {folder}/{config.prefix}-skipped.jsonl")
+    print(f"wrote {folder}/{config.prefix}-{{000000..{len(written.shards) - 1:06d}}}.tar")
+    return 0
+
+
+def verify(urls: list[str], processes: int | None, file: str | None) -> int:
     """Reads and decodes everything. Returns 1 where anything is bad."""
     from tqdm import tqdm
 
-    bad = 0
-    for shard in tqdm(load_index(urls, check_sizes=False).shards, unit="shard"):
-        try:
-            samples = list(parse_tar(read_range(shard.url, 0, shard.nbytes), shard.url))
-            records = load_records(shard)
-            if len(samples) != len(records):
-                raise UserError(f"{shard.url}: {len(samples)} samples, the index says {len(records)}")
-            for sample, record in zip(samples, records, strict=True):
-                where = f"{shard.url}: sample {sample['__key__']}"
-                if sample_digest(sample) != int(record["digest"]):
-                    raise UserError(f"{where} is not the indexed one")
-                decode(next(sample[s] for s in IMAGE_SUFFIXES if s in sample), where)
-        except Exception as error:
-            bad += 1
-            print(error, file=sys.stderr)
-    print("all shards are whole" if not bad else f"{bad} bad shards")
-    return 1 if bad else 0
+    with tqdm(unit=" samples", unit_scale=True) as progress:
+        report = verify_shards(urls, processes, progress)
+    if file is not None:
+        with open(file, "w") as out:
+            json.dump(report, out, indent=1)
+    print(summary(report))
+    return 1 if report["bad"] or report["duplicate_keys"] else 0
 
 
 def main() -> int:
@@ -65,12 +64,24 @@ def main() -> int:
     for name, text in (("index", "write the index of existing shards"), ("verify", "read and decode all shards")):
         command = commands.add_parser(name, help=text)
         command.add_argument("urls", nargs="+", help="shards: paths, URLs, brace or * patterns")
+        if name == "verify":
+            command.add_argument("--processes", type=int, metavar="N", help="that read; by default the number of cores")
+            command.add_argument("--json", metavar="FILE", help="write the whole report there")
+    command = commands.add_parser("write", help="write shards and their index from images, a list or other shards")
+    command.add_argument("source", nargs="+", help="a folder CLASS/IMAGE, a .csv or .parquet list, or .tar shards")
+    command.add_argument("destination", help="the folder for the shards")
+    add_options(command)
     parsed = parser.parse_args()
     try:
         if parsed.command == "digits":
             write_digits(parsed.folder)
             return 0
-        return {"index": index, "verify": verify}[parsed.command](listed(parsed.urls))
+        if parsed.command == "write":
+            options = {name: value for name, value in vars(parsed).items() if name in WriteConfig.__dataclass_fields__}
+            return write(listed(parsed.source), parsed.destination, WriteConfig(**options))
+        if parsed.command == "verify":
+            return verify(listed(parsed.urls), parsed.processes, parsed.json)
+        return index(listed(parsed.urls))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

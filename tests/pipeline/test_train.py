@@ -112,18 +112,6 @@ def test_a_file_that_is_no_image_names_its_sample(digits, tmp_path):
     assert json.loads((tmp_path / "run/exit.json").read_text())["status"] == "failed"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 2 MB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_disk_leaves_earlier_checkpoints_whole(digits, small_disk):
     from pipeline import checkpoint
 

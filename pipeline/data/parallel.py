@@ -1,0 +1,68 @@
+"""Work spread over processes, which ends in order: at an error, at Ctrl-C, and when the parent is killed."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from pipeline.errors import UserError
+
+_stop: Event | None = None
+
+
+class Stopped(Exception):
+    """The parent has given up the work."""
+
+
+def check_stop() -> None:
+    """For workers, between two samples. Raises Stopped where the parent has given up the work."""
+    if _stop is not None and _stop.is_set():
+        raise Stopped
+
+
+def in_processes(function: Callable, tasks: Sequence[tuple], processes: int | None) -> Generator[Any, None, None]:
+    """Yields `function(*task)` of each task as they are done; `processes` is by default the number of cores.
+
+    Close the iterator (contextlib.closing) to give up the rest.
+
+    Raises:
+        UserError: what a function raised, or a process was killed.
+    """
+    if not tasks:
+        return
+    # A fork server imports once and has no threads, unlike this process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__, "webdataset"])
+    stop = context.Event()
+    count = min(processes or os.cpu_count() or 1, len(tasks))
+    executor = ProcessPoolExecutor(count, context, initializer=_start, initargs=(stop,))
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
+    try:
+        futures = [executor.submit(function, *task) for task in tasks]
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?); start again with fewer --processes") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+def _start(stop: Event) -> None:
+    global _stop
+    _stop = stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
