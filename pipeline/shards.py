@@ -3,6 +3,7 @@
 import argparse
 import glob
 import json
+import os
 import sys
 
 from pipeline.data.digits import write_digits
@@ -30,13 +31,9 @@ def index(urls: list[str]) -> int:
 def write(places: list[str], folder: str, config: WriteConfig) -> int:
     from tqdm import tqdm
 
-    try:
-        with tqdm(unit=" samples", unit_scale=True) as progress:
-            written = write_shards(places, folder, config, progress)
-        index(sorted(glob.glob(f"{glob.escape(folder)}/*.tar")))
-    except KeyboardInterrupt:
-        print("interrupted: finished shards are kept; start the same command again to go on", file=sys.stderr)
-        return 130
+    with tqdm(unit=" samples") as progress:
+        written = write_shards(places, folder, config, progress)
+    index(sorted(glob.glob(f"{glob.escape(folder)}/*.tar")))
     if written.skipped:
         print(f"left out {written.skipped} bad samples, listed in {folder}/{config.prefix}-skipped.jsonl")
     print(f"wrote {folder}/{config.prefix}-{{000000..{len(written.shards) - 1:06d}}}.tar")
@@ -47,7 +44,9 @@ def verify(urls: list[str], processes: int | None, file: str | None) -> int:
     """Reads and decodes everything. Returns 1 where anything is bad."""
     from tqdm import tqdm
 
-    with tqdm(unit=" samples", unit_scale=True) as progress:
+    if file is not None and not os.path.isdir(os.path.dirname(file) or "."):
+        raise UserError(f"--json {file}: there is no such folder")
+    with tqdm(unit=" samples") as progress:
         report = verify_shards(urls, processes, progress)
     if file is not None:
         with open(file, "w") as out:
@@ -85,6 +84,10 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        how = ": finished shards are kept; start the same command again to go on" if parsed.command == "write" else ""
+        print(f"interrupted{how}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -31,16 +31,18 @@ def in_processes(function: Callable, tasks: Sequence[tuple], processes: int | No
     Close the iterator (contextlib.closing) to give up the rest.
 
     Raises:
-        UserError: what a function raised, or a process was killed.
+        UserError: what a function raised, a process was killed, or `processes` is below 1.
     """
     if not tasks:
         return
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes: expected at least 1, found {processes}")
     # A fork server imports once and has no threads, unlike this process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__, "webdataset"])
     stop = context.Event()
-    count = min(processes or os.cpu_count() or 1, len(tasks))
-    executor = ProcessPoolExecutor(count, context, initializer=_start, initargs=(stop,))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    executor = ProcessPoolExecutor(min(processes or cores, len(tasks)), context, initializer=_start, initargs=(stop,))
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
     try:
         futures = [executor.submit(function, *task) for task in tasks]

@@ -47,7 +47,7 @@ class WriteConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.prefix):
             raise UserError(f"--prefix: expected letters, digits, - and _, found {self.prefix!r}")
-        for name, most in (("samples_per_shard", None), ("resize", None), ("quality", 100), ("processes", None)):
+        for name, most in (("samples_per_shard", None), ("resize", None), ("quality", 100)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= (most or value):
                 raise UserError(f"{flag(name)}: expected {f'1 to {most}' if most else 'at least 1'}, found {value}")
@@ -104,6 +104,8 @@ def write_shards(places: Sequence[str], folder: str, config: WriteConfig, progre
 
 
 def _write(places: Sequence[str], folder: str, config: WriteConfig, progress: Any) -> Written:
+    if re.search(r"[{*]|\.tar$", folder):
+        raise UserError(f"{folder}: expected a folder; --prefix names the shards in it")
     rejects = Rejects(config.skip_bad)
     known = read_classes(f"{folder}/{config.prefix}-000000.tar")
     source, classes = open_source(places, known, (config.path_column, config.label_column), rejects)
@@ -209,26 +211,21 @@ def write_shard(shard: str, first: int, source: Source, config: WriteConfig) -> 
     rejects = Rejects(config.skip_bad)
     count = len(source.sizes)
     part = f"{shard}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as file:
-            with TarWriter(file, mtime=0, encoder=False) as writer:
-                for number in range(count):
-                    check_stop()
-                    try:
-                        sample = prepare(source, number, config)
-                    except UserError as error:
-                        place = source.place(number)
-                        rejects.add(place, str(error).removeprefix(f"{place}: "))
-                        continue
-                    writer.write({"__key__": f"{config.prefix}-{first + number:08d}", **sample})
-            file.flush()
-            os.fsync(file.fileno())
-        if len(rejects.rows) == count:
-            raise UserError(f"{shard}: all of its {count} samples are bad, such as: {rejects.rows[0]['reason']}")
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
+    with open(part, "wb") as file:
+        with TarWriter(file, mtime=0, encoder=False) as writer:
+            for number in range(count):
+                check_stop()
+                try:
+                    sample = prepare(source, number, config)
+                except UserError as error:
+                    place = source.place(number)
+                    rejects.add(place, str(error).removeprefix(f"{place}: "))
+                    continue
+                writer.write({"__key__": f"{config.prefix}-{first + number:08d}", **sample})
+        file.flush()
+        os.fsync(file.fileno())
+    if len(rejects.rows) == count:
+        raise UserError(f"{shard}: all of its {count} samples are bad, such as: {rejects.rows[0]['reason']}")
     return shard, part, rejects.rows, count
 
 

@@ -288,6 +288,7 @@ MISTAKES = {
     "undecodable to resize": (add("1/a.png", b"no"), ["--resize", "4"], "src/1/a.png: can't be decoded: no image"),
     "foreign file": (lambda f: add("hello.txt")(f.parent / "out"), [], "out: not empty: hello.txt is there"),
     "size": (lambda f: None, ["--bytes-per-shard", "5 apples"], "--bytes-per-shard: expected a size such as 500MB"),
+    "no process": (lambda f: None, ["--processes", "0"], "--processes: expected at least 1, found 0"),
     "no such quality": (lambda f: None, ["--quality", "200"], "--quality: expected 1 to 100, found 200"),
 }
 
@@ -355,6 +356,13 @@ def test_a_full_disk_leaves_the_finished_shards_whole_and_a_second_start_goes_on
     filler.unlink()
     assert command("write", scans, small_disk / "out", *words)[0] == 0
     assert contents(small_disk / "out") == contents(tmp_path / "expected")
+
+
+def test_a_destination_that_is_no_folder_is_refused(scans, tmp_path, command):
+    code, output = command("write", scans, tmp_path / "train-{0000..}.tar")
+    assert code == 2
+    assert "expected a folder; --prefix names the shards in it" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_parquet_without_pyarrow_names_the_command_to_install_it(tmp_path, command, monkeypatch):
