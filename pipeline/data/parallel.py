@@ -1,10 +1,11 @@
 """Work spread over processes, which ends in order: at an error, at Ctrl-C, and when the parent is killed."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
@@ -43,18 +44,31 @@ def in_processes(function: Callable, tasks: Sequence[tuple], processes: int | No
     stop = context.Event()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     executor = ProcessPoolExecutor(min(processes or cores, len(tasks)), context, initializer=_start, initargs=(stop,))
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
     try:
-        futures = [executor.submit(function, *task) for task in tasks]
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        with _uninterrupted():
+            futures = [executor.submit(function, *task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?); start again with fewer --processes") from None
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         stop.set()
         executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect after the block; the processes that start within it never see it."""
+    caught: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # child processes inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _start(stop: Event) -> None:

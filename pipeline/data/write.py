@@ -129,7 +129,6 @@ def _write(places: Sequence[str], folder: str, config: WriteConfig, progress: An
     if progress is not None:
         progress.reset(total=samples)
         progress.update(finished)
-    remove_parts(folder, config.prefix)  # of a start that was killed
     try:
         with contextlib.closing(in_processes(write_shard, tasks, config.processes)) as results:
             for shard, part, rows, count in results:
@@ -138,7 +137,7 @@ def _write(places: Sequence[str], folder: str, config: WriteConfig, progress: An
                 if progress is not None:
                     progress.update(count)
     finally:
-        remove_parts(folder, config.prefix)
+        remove_parts(folder, config.prefix)  # of this start, and of one that was killed
     return Written(shards, len(skipped.lines))
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 
 from pipeline import shards
 from pipeline.data.index import load_index, load_records, parse_tar
+from pipeline.data.parallel import check_stop, in_processes
+from pipeline.errors import UserError
 from tests.conftest import ROOT, SMALL, train
 
 
@@ -229,11 +231,13 @@ def uninterrupted(many, tmp_path_factory):
     return contents(folder)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
-def test_an_interrupted_write_goes_on_to_the_same_bytes(many, uninterrupted, tmp_path, command, name):
+@pytest.mark.parametrize(
+    ("name", "awaited"), [("SIGINT", "*-plan.json"), ("SIGINT", "*-000003.tar"), ("SIGKILL", "*-000003.tar")]
+)
+def test_an_interrupted_write_goes_on_to_the_same_bytes(many, uninterrupted, tmp_path, command, name, awaited):
     process = slow_write(many, tmp_path / "out")
     end = time.time() + 60
-    while len(list(tmp_path.glob("out/*.tar"))) < 3:
+    while not list((tmp_path / "out").glob(awaited)):
         assert time.time() < end
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
@@ -468,6 +472,30 @@ def test_verify_without_an_index_is_a_mistake(written, command):
     code, output = command("verify", written / "*.tar")
     assert code == 2
     assert "no index beside it" in output
+
+
+# ---- the processes
+
+
+def work(seconds):
+    end = time.time() + seconds
+    while time.time() < end:
+        check_stop()
+        time.sleep(0.01)
+    return seconds
+
+
+def test_given_up_work_ends_between_two_samples():
+    results = in_processes(work, [(0,), (100,), (100,)], 2)
+    assert next(results) == 0
+    begin = time.time()
+    results.close()
+    assert time.time() - begin < 20
+
+
+def test_a_killed_worker_is_an_error_and_no_hang():
+    with pytest.raises(UserError, match=r"a worker process was killed .*fewer --processes"):
+        list(in_processes(os.abort, [(), (), ()], 2))
 
 
 # ---- the command
