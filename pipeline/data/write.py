@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.random  # otherwise loaded at first use, which can swallow a Ctrl-C
 from PIL import Image
 
 from pipeline.data.decode import decode
