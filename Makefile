@@ -21,7 +21,7 @@ test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpee
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[deepspeed,digits,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[deepspeed,digits,parquet,dev]'
 	@touch $@
 
 clean:

@@ -1,15 +1,17 @@
-"""Shards: `python -m pipeline.shards digits|index|verify|audit`."""
+"""Shards: `python -m pipeline.shards digits|write|index|verify|audit`."""
 
 import argparse
 import glob
+import json
 import os
 import sys
+from collections.abc import Callable
 
-from pipeline.data.decode import decode
 from pipeline.data.digits import write_digits
-from pipeline.data.index import expand_urls, load_index, load_records, write_index
-from pipeline.data.source import ReadConfig, Source
-from pipeline.data.tar import IMAGE_SUFFIXES, parse_tar, sample_digest
+from pipeline.data.index import expand_urls, write_index
+from pipeline.data.source import ReadConfig
+from pipeline.data.verify import summary, verify_shards
+from pipeline.data.write import WriteConfig, add_options, write_shards
 from pipeline.errors import UserError
 
 
@@ -19,19 +21,61 @@ def listed(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(urls))
 
 
-def index(parsed: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    urls = listed(parsed.urls)
-    limits = ReadConfig(allow_pipe=parsed.allow_pipe)
-    with tqdm(total=len(urls), unit="shard") as progress:
-        samples = write_index(urls, progress, min(parsed.processes, len(urls)), parsed.to, limits)
-    print(f"indexed {samples:,} samples in {len(urls)} shards")
+def digits(parsed: argparse.Namespace) -> int:
+    """Writes the embedded data set."""
+    write_digits(parsed.folder)
     return 0
 
 
-def run_audit(parsed: argparse.Namespace) -> int:
-    """Returns 1 where a promise does not hold."""
+def write(parsed: argparse.Namespace) -> int:
+    """Writes shards and their index from an image folder, a list of files, or other shards."""
+    from tqdm import tqdm
+
+    options = {name: value for name, value in vars(parsed).items() if name in WriteConfig.__dataclass_fields__}
+    config = WriteConfig(**options)
+    with tqdm(unit=" samples") as progress:
+        written = write_shards(listed(parsed.source), parsed.destination, config, progress)
+    urls = sorted(glob.glob(f"{glob.escape(parsed.destination)}/*.tar"))
+    index_shards(urls, config.processes or os.cpu_count() or 1)
+    if written.skipped:
+        print(f"left out {written.skipped} bad samples, listed in {parsed.destination}/{config.prefix}-skipped.jsonl")
+    print(f"wrote {parsed.destination}/{config.prefix}-{{000000..{len(written.shards) - 1:06d}}}.tar")
+    return 0
+
+
+def index(parsed: argparse.Namespace) -> int:
+    """Writes the index of existing shards, local or remote, from their headers and classes."""
+    index_shards(listed(parsed.urls), parsed.processes, parsed.to, ReadConfig(allow_pipe=parsed.allow_pipe))
+    return 0
+
+
+def index_shards(urls: list[str], processes: int, to: str | None = None, limits: ReadConfig | None = None) -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=len(urls), unit="shard") as progress:
+        samples = write_index(urls, progress, min(processes, len(urls)), to, limits)
+    print(f"indexed {samples:,} samples in {len(urls)} shards")
+
+
+def verify(parsed: argparse.Namespace) -> int:
+    """Reads and decodes everything, and compares it with the index. Exit code 1 where anything is bad."""
+    from tqdm import tqdm
+
+    file = parsed.json
+    if file is not None and not os.path.isdir(os.path.dirname(file) or "."):
+        raise UserError(f"--json {file}: there is no such folder")
+    with tqdm(unit=" samples") as progress:
+        report = verify_shards(listed(parsed.urls), parsed.processes, progress)
+    if file is not None:
+        with open(file, "w") as out:
+            json.dump(report, out, indent=1)
+    print(summary(report))
+    return 1 if report["bad"] or report["duplicate_keys"] else 0
+
+
+def audit(parsed: argparse.Namespace) -> int:
+    """Plays the plan of all ranks and workers, and checks that each sample comes once an epoch, that the batches are
+    those of one rank, and how well they are mixed. Exit code 1 where it does not hold."""
     from pipeline.audit import audit
     from pipeline.config import load_config
 
@@ -42,78 +86,56 @@ def run_audit(parsed: argparse.Namespace) -> int:
     return 0 if all(finding.fine for finding in findings) else 1
 
 
-def verify(parsed: argparse.Namespace) -> int:
-    """Reads and decodes everything. Returns 1 where anything is bad."""
-    from tqdm import tqdm
-
-    bad = 0
-    for shard in tqdm(load_index(listed(parsed.urls), check_sizes=False).shards, unit="shard"):
-        try:
-            samples = list(parse_tar(Source().read(shard.url, 0, shard.nbytes), shard.url))
-            records = load_records(shard)
-            if len(samples) != len(records):
-                raise UserError(f"{shard.url}: {len(samples)} samples, the index says {len(records)}")
-            for sample, record in zip(samples, records, strict=True):
-                where = f"{shard.url}: sample {sample['__key__']}"
-                if sample_digest(sample) != int(record["digest"]):
-                    raise UserError(f"{where} is not the indexed one")
-                decode(next(sample[s] for s in IMAGE_SUFFIXES if s in sample), where)
-        except Exception as error:
-            bad += 1
-            print(error, file=sys.stderr)
-    print("all shards are whole" if not bad else f"{bad} bad shards")
-    return 1 if bad else 0
-
-
-def write(parsed: argparse.Namespace) -> int:
-    write_digits(parsed.folder)
-    return 0
-
-
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.shards", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("digits", help="write the embedded data set")
+    def add(run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(run.__name__, help=summary, description=run.__doc__)
+        command.set_defaults(command=run)
+        return command
+
+    command = add(digits, "write the embedded data set")
     command.add_argument("folder", help="where to write it")
-    command.set_defaults(command=write)
 
-    command = commands.add_parser("index", help="write the index of existing shards", description=write_index.__doc__)
+    command = add(write, "write shards from images, a list or other shards")
+    command.add_argument("source", nargs="+", help="a folder CLASS/IMAGE, a .csv or .parquet list, or .tar shards")
+    command.add_argument("destination", help="the folder for the shards")
+    add_options(command)
+
+    command = add(index, "write the index of existing shards")
     command.add_argument("urls", nargs="+", help="shards: paths, URLs, brace or * patterns")
     command.add_argument("--to", metavar="FOLDER", help="where the index goes (beside the shards); then data.index")
     command.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards read at a time (cores)")
     command.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: URLs")
-    command.set_defaults(command=index)
 
-    command = commands.add_parser("verify", help="read and decode all shards", description=verify.__doc__)
+    command = add(verify, "read and decode all shards")
     command.add_argument("urls", nargs="+", help="shards: paths, URLs, brace or * patterns")
-    command.set_defaults(command=verify)
+    command.add_argument("--processes", type=int, metavar="N", help="that read; by default the number of cores")
+    command.add_argument("--json", metavar="FILE", help="write the whole report there")
 
-    command = commands.add_parser(
-        "audit", help="check the order of a config's stream", description="Plays the plan of all ranks and workers"
-        " and checks that each sample comes once an epoch, that the batches are those of one rank, and how well they"
-        " are mixed. Exit code 1 where it does not hold.",
-    )  # fmt: skip
+    command = add(audit, "check the order of a config's stream")
     command.add_argument("--config", required=True, help="YAML file")
     command.add_argument("--world-size", type=int, nargs="+", default=[1], metavar="W", help="numbers of ranks (1)")
-    command.add_argument(
-        "--workers", type=int, nargs="+", default=[2], metavar="K", help="numbers of workers of a rank (2)"
-    )
+    command.add_argument("--workers", type=int, nargs="+", default=[2], metavar="K", help="workers of a rank (2)")
     command.add_argument("--from-step", type=int, default=0, help="first step, as after a resume (0)")
     command.add_argument("--steps", type=int, help="how many steps (to the end of the second epoch)")
     command.add_argument("--run", metavar="DIR", help="compare with what this run has logged (data.log_samples=true)")
     command.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="override options")
-    command.set_defaults(command=run_audit)
     return parser
 
 
 def main() -> int:
-    parsed = parser().parse_args()
+    parsed = build_parser().parse_args()
     try:
         return parsed.command(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        how = ": finished shards are kept; start the same command again to go on" if parsed.command is write else ""
+        print(f"interrupted{how}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

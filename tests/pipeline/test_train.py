@@ -163,18 +163,6 @@ def test_shards_can_be_drawn_with_replacement_without_an_index(digits, tmp_path)
     assert "data.resampled=true has no epochs; set run.steps" in output
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 12 MB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_full_disk_leaves_earlier_checkpoints_whole(digits, small_disk):
     from pipeline import checkpoint
 

@@ -1,0 +1,185 @@
+"""Reads and decodes all samples of shards, and holds them against their index."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.decode import decode
+from pipeline.data.index import Shard, load_index, load_records, read_classes
+from pipeline.data.origins import parse_run
+from pipeline.data.parallel import check_stop, in_processes
+from pipeline.data.source import Source
+from pipeline.data.tar import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, label_of
+from pipeline.errors import UserError
+
+BLOCK_NBYTES = 64 << 20  # read at once
+
+
+@dataclass
+class ShardReport:
+    """What one shard holds."""
+
+    shard: Shard
+    bad: list[dict[str, Any]] = field(default_factory=list)  # {"shard", "key", "reason"}; key null: the whole shard
+    keys: list[str] = field(default_factory=list)
+    labels: Counter[int] = field(default_factory=Counter)  # -1: none
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) in pixels
+
+    def add(self, key: str | None, reason: str) -> None:
+        reason = reason.removeprefix(f"{self.shard.url}: ").removeprefix(f"sample {key}: ")
+        self.bad.append({"shard": self.shard.url, "key": key, "reason": reason})
+
+
+def verify_shards(urls: list[str], processes: int | None, progress: Any = None) -> dict[str, Any]:
+    """Everything that is bad, and a summary: "bad", "duplicate_keys", "shards", "samples", "labels", "sizes".
+
+    Raises:
+        UserError: there is no index, or it doesn't know a shard.
+    """
+    shards = list(load_index(urls, check_sizes=False).shards)
+    classes = read_classes(urls)
+    if progress is not None:
+        progress.reset(total=sum(shard.samples for shard in shards))
+    tasks = [(shard, len(classes) if classes else None) for shard in shards]
+    reports: dict[str, ShardReport] = {}
+    with contextlib.closing(in_processes(verify_shard, tasks, processes)) as results:
+        for report in results:
+            reports[report.shard.url] = report
+            if progress is not None:
+                progress.update(report.shard.samples)
+    ordered = [reports[shard.url] for shard in shards]
+    labels = sum((report.labels for report in ordered), Counter())
+    counts = sum((report.sizes for report in ordered), Counter())
+    sizes = np.repeat(np.array(list(counts)).reshape(-1, 2), list(counts.values()), axis=0)  # (N, 2)
+    return {
+        "shards": len(shards),
+        "samples": sum(shard.samples for shard in shards),
+        "bad": [row for report in ordered for row in report.bad],
+        "duplicate_keys": duplicate_keys(ordered),
+        "labels": [
+            {"label": label, "name": classes[label] if classes and label >= 0 else None, "samples": labels[label]}
+            for label in sorted(labels)
+        ],
+        "sizes": {
+            side: {"min": int(of.min()), "median": int(np.median(of)), "max": int(of.max())}
+            for side, of in zip(("height", "width"), sizes.T, strict=True)
+            if len(of)
+        },
+    }
+
+
+def duplicate_keys(reports: list[ShardReport]) -> list[dict[str, Any]]:
+    """Keys that come more than once, with the shards of each: [{"key", "shards"}]."""
+    counts = Counter(key for report in reports for key in report.keys)
+    places: dict[str, list[str]] = {key: [] for key, count in sorted(counts.items()) if count > 1}
+    for report in reports:
+        for key in report.keys:
+            if key in places:
+                places[key].append(report.shard.url)
+    return [{"key": key, "shards": urls} for key, urls in places.items()]
+
+
+def verify_shard(shard: Shard, classes: int | None) -> ShardReport:
+    """Checks each sample by itself, so that one bad sample hides no other. `classes` is the number of class names."""
+    report = ShardReport(shard)
+    try:
+        nbytes = Source().size(shard.url)
+        Source().read(shard.url, 0, min(nbytes, 1))
+        records = load_records(shard)
+        if nbytes == 0:
+            raise UserError(f"{shard.url}: empty file")
+    except UserError as error:
+        report.add(None, str(error))
+        return report
+    if nbytes != shard.nbytes:
+        kind = "truncated" if nbytes < shard.nbytes else "changed"
+        report.add(None, f"{kind}: it has {nbytes} bytes, the index says {shard.nbytes}")
+    for number, (record, data) in enumerate(runs(shard.url, records)):
+        check_stop()
+        if isinstance(data, UserError):
+            report.add(f"(number {number})", str(data))
+            continue
+        samples, problem = parse_run(data, record)
+        key = samples[0]["__key__"] if samples else f"(number {number})"
+        if problem:
+            report.add(key, f"at byte {record['offset']}: {problem}")
+            continue
+        report.keys.append(key)
+        try:
+            check_sample(samples[0], record, classes, report)
+        except UserError as error:
+            report.add(key, str(error))
+    found = (min(report.labels, default=-1), max(report.labels, default=-1))
+    if not report.bad and found != tuple(shard.labels):
+        report.add(None, f"labels {found[0]} to {found[1]}, the index says {shard.labels[0]} to {shard.labels[1]}")
+    return report
+
+
+def check_sample(sample: dict[str, Any], record: Any, classes: int | None, report: ShardReport) -> None:
+    where = f"{report.shard.url}: sample {sample['__key__']}"
+    encoded = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
+    if encoded is None:
+        raise UserError(f"no image among its members; expected one of {', '.join(IMAGE_SUFFIXES)}")
+    image = decode(encoded, where)  # (H, W, 3)
+    label = label_of(sample, where)
+    if label != int(record["label"]):
+        raise UserError(f"label {label}, the index says {record['label']}")
+    if classes is not None and label >= classes:
+        raise UserError(f"label {label} is out of range: classes.json names {classes} classes")
+    report.labels[label] += 1
+    report.sizes[image.shape[0], image.shape[1]] += 1
+
+
+def runs(url: str, records: np.ndarray) -> Iterator[tuple[Any, bytes | UserError]]:
+    """The bytes of each record. Reads many at once; where that fails, one at a time."""
+    offsets, ends = records["offset"].tolist(), (records["offset"] + records["nbytes"]).tolist()
+    begin = 0
+    while begin < len(records):
+        start, stop = offsets[begin], begin + 1
+        if ends[begin] == start:
+            yield records[begin], UserError(f"{url}: larger than {MAX_SAMPLE_BYTES} bytes")
+            begin += 1
+            continue
+        while (
+            stop < len(records) and ends[stop] > offsets[stop] >= ends[stop - 1] and ends[stop] - start <= BLOCK_NBYTES
+        ):
+            stop += 1
+        try:
+            block = Source().read(url, start, ends[stop - 1] - start)
+        except UserError:
+            block = None
+        for i in range(begin, stop):
+            if block is not None:
+                yield records[i], block[offsets[i] - start : ends[i] - start]
+                continue
+            try:
+                yield records[i], Source().read(url, offsets[i], ends[i] - offsets[i])
+            except UserError as error:
+                yield records[i], error
+        begin = stop
+
+
+def summary(report: dict[str, Any], most: int = 20) -> str:
+    """The report as text: what is there, then up to `most` bad things."""
+    lines = []
+    for row in report["bad"]:
+        lines.append(f"{row['shard']}: " + (f"sample {row['key']}: " if row["key"] else "") + row["reason"])
+    for row in report["duplicate_keys"]:
+        lines.append(f"key {row['key']}: in {len(row['shards'])} samples: {', '.join(row['shards'])}")
+    bad = len(lines)
+    if bad > most:
+        lines[most:] = [f"... and {bad - most} more (--json FILE lists all)"]
+    lines += [f"{report['samples']:,} samples in {report['shards']} shards"]
+    for side, of in report["sizes"].items():
+        lines.append(f"{side:<6} min {of['min']}, median {of['median']}, max {of['max']} pixels")
+    rows = sorted(report["labels"], key=lambda row: (-row["samples"], row["label"]))
+    lines += [f"{len(rows)} labels:", f"{'label':>6} {'samples':>9}  name"] if rows else []
+    shown = rows if len(rows) <= 20 else [*rows[:10], None, *rows[-10:]]
+    for row in shown:
+        text = f"{row['label']:>6} {row['samples']:>9}  {row['name'] or ''}".rstrip() if row else f"{'...':>6}"
+        lines.append(text.replace("    -1", "  none"))
+    return "\n".join([*lines, f"{bad} things are bad" if bad else "all shards are whole"])
