@@ -1,6 +1,7 @@
 """Encoded image -> RGB pixels, and the resizing of them."""
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -27,13 +28,15 @@ def decode(data: bytes, where: str) -> np.ndarray:
         UserError: the bytes are no image, a broken one, or one of more than PIL's limit of 89 million pixels (268 MB
             here, and far more than a photograph in a data set has); `where` names the sample.
     """
+    pixels = _decode_jpeg(data)
+    if pixels is not None and not _has_orientation(data):
+        return pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on broken metadata, which don't concern the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Opening reads the header only, so too many pixels are refused before memory is taken for them.
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                pixels = _decode_jpeg(data, image)
                 if pixels is None:
                     pixels = _decode_any(image)
                 turn = UPRIGHT.get(_orientation(image))
@@ -43,14 +46,20 @@ def decode(data: bytes, where: str) -> np.ndarray:
         raise UserError(f"{where}: can't be decoded: {reason}; mend or remove the sample") from None
 
 
-def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """A usual JPEG: the very pixels that PIL gives, sooner. None where PIL has to see to it, as with damaged data."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return None
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """PIL's very pixels, sooner. None for what PIL has to judge: other formats, damaged, huge or CMYK files."""
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", buffer=np.empty((image.height, image.width, 3), np.uint8))
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or colours in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
+
+
+def _has_orientation(jpeg: bytes) -> bool:
+    header = jpeg[: jpeg.find(b"\xff\xda")]  # up to the first scan
+    return b"Exif\0\0" in header or b"tiff:Orientation" in header
 
 
 def _decode_any(image: Image.Image) -> np.ndarray:
@@ -80,5 +89,6 @@ def resize(image: np.ndarray, size: int, box: tuple[int, int, int, int] | None =
         image = image[top:bottom, left:right]
     if image.shape[:2] == (size, size):
         return image
-    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last
-    return F.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    # The view of the batch before the channels: only so the result has channels last too, and nothing is rearranged.
+    batch = torch.from_numpy(np.require(image, requirements=("C", "W")))[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
+    return F.interpolate(batch, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()

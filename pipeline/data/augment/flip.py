@@ -16,4 +16,4 @@ class Config:
         if rng.random() >= self.rate:
             return image
         # Ten times as fast as copying NumPy's mirrored view.
-        return torch.from_numpy(np.ascontiguousarray(image)).flip(1).numpy()
+        return torch.from_numpy(np.require(image, requirements=("C", "W"))).flip(1).numpy()
