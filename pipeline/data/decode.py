@@ -66,7 +66,6 @@ def _decode_any(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white: keep the high byte
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    image.info.pop("transparency", None)
     return np.array(image.convert("RGB"))
 
 

@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -94,13 +95,28 @@ def test_photographs_come_upright(form, orientation):
     np.testing.assert_array_equal(decode(data, "x"), np.asarray(expected))
 
 
-@pytest.mark.parametrize("place", range(24, 60, 4))
-def test_broken_metadata_do_not_lose_the_photograph_nor_warn(place, capfd):
+def test_the_orientation_of_a_jpeg_may_stand_in_its_xmp():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(PHOTOGRAPH, "JPEG", xmp=xmp)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected.size == (101, 151)
+    np.testing.assert_array_equal(decode(data, "x"), np.asarray(expected))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_broken_metadata_do_not_lose_the_photograph_nor_warn(form, capfd):
     exif = Image.Exif()
     exif[ExifTags.Base.Make], exif[ExifTags.Base.XResolution] = "a camera", 72.0
-    data = bytearray(encode(PHOTOGRAPH, "JPEG", exif=exif.tobytes()))
-    data[place] ^= 0xFF
-    assert decode(bytes(data), "x").shape == (101, 151, 3)
+    content = exif.tobytes()
+    whole = encode(PHOTOGRAPH, form, exif=content)
+    begin = whole.index(content.removeprefix(b"Exif\0\0"))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for place in range(begin, begin + len(content) - 6):
+            data = bytearray(whole)
+            data[place] ^= 0xFF
+            assert decode(bytes(data), "x").size == 151 * 101 * 3
+    assert warned == []
     assert capfd.readouterr().err == ""
 
 
@@ -220,6 +236,7 @@ def test_resizing_is_pils_antialiased_bicubic(size):
         resized = resize(image, size, box)
         expected = np.asarray(Image.fromarray(image).crop(box).resize((size, size), Image.Resampling.BICUBIC))
         assert resized.shape == (size, size, 3)
+        assert resized.flags.c_contiguous, "or every later step is several times slower"
         difference = np.abs(resized.astype(int) - expected)
         means.append(difference.mean())
         worst = max(worst, difference.max())
@@ -236,7 +253,7 @@ def test_an_image_of_the_right_size_is_left_alone():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (7, 4000)])
 def test_extreme_shapes_are_cropped_and_resized(shape):
     image = np.full((*shape, 3), 93, np.uint8)
-    for policy in (inception_crop.Config(), center_crop.Config()):
+    for policy in (inception_crop.Config(), center_crop.Config(), center_crop.Config(share=0.1)):
         np.testing.assert_array_equal(policy(image, 32, np.random.default_rng(0)), np.full((32, 32, 3), 93))
 
 
