@@ -68,7 +68,7 @@ def write_shards(folder: str, samples: list[dict[str, bytes]], per_shard: int) -
     count = len(samples) // per_shard
     urls = [f"{folder}/train-{number:04d}.tar" for number in range(count)]
     for number, url in enumerate(urls):
-        with webdataset.TarWriter(url) as writer:
+        with webdataset.TarWriter(url, mtime=0) as writer:
             for place in range(number * per_shard, (number + 1) * per_shard):
                 writer.write({"__key__": f"{place:08d}", "cls": str(place % 1000).encode(), **samples[place]})
     write_index(urls)
