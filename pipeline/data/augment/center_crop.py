@@ -14,6 +14,6 @@ class Config:
 
     def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         height, width = image.shape[:2]
-        side = min(height, width) * self.share
-        left, top = (width - side) / 2, (height - side) / 2
+        side = max(round(min(height, width) * self.share), 1)
+        left, top = (width - side) // 2, (height - side) // 2
         return resize(image, size, (left, top, left + side, top + side))
