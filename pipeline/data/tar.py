@@ -25,7 +25,35 @@ UNLABELLED = -1
 
 def parse_tar(data: bytes, url: str) -> Iterator[dict[str, Any]]:
     """Samples of a run of whole tar members, by webdataset's own conventions: {"__key__": ..., "png": bytes, ...}."""
-    return parse_stream(io.BytesIO(data), url)
+    from webdataset.tariterators import group_by_keys
+
+    members = plain_members(data)
+    if members is None:
+        return parse_stream(io.BytesIO(data), url)
+    return group_by_keys({"fname": name, "data": content, "__url__": url} for name, content in members)
+
+
+def plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
+    """Names and contents of a run of plain ustar files, as webdataset's writer makes them; None for all else.
+
+    tarfile takes 70 us a sample for the same; what is read is compared with the index, so a damaged header shows.
+    """
+    members, begin = [], 0
+    while begin < len(data):
+        header = data[begin : begin + 512]
+        name, size = header[:100].rstrip(b"\0"), header[124:135]
+        # Regular, without a prefix to its name, and neither a long name's nor a pax header before it.
+        if header[156:157] != b"0" or header[257:262] != b"ustar" or header[345:346] != b"\0" or not size.isdigit():
+            return None
+        if not name.isascii() or name.startswith(b"__"):
+            return None
+        begin += 512
+        end = begin + int(size, 8)
+        if end > len(data):
+            return None
+        members.append((name.decode(), data[begin:end]))
+        begin = (end + 511) // 512 * 512
+    return members
 
 
 def parse_stream(file: Any, url: str) -> Iterator[dict[str, Any]]:

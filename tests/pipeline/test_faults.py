@@ -245,7 +245,7 @@ def test_commands_run_only_where_the_config_allows_it(digits, tmp_path, local):
     allowed = ReadConfig(allow_pipe=True)
     write_index(urls, folder=str(tmp_path), limits=allowed)
     config = DataConfig(train=tuple(urls), global_batch_size=30, shuffle_pool=900, read=allowed)
-    index = load_index(config.train, folder=str(tmp_path))
+    index = load_index(config.train, folder=str(tmp_path), source=Source(allowed))
     loader = Loader(
         train_stream(config, index, (resize.Config(),), 16, 10, 5, Ranks(0, 1, 0, 1), 3), 0, torch.device("cpu")
     )
