@@ -19,7 +19,10 @@ UPRIGHT = {  # by EXIF orientation
 }  # fmt: skip
 
 
-def decode(data: bytes, where: str) -> np.ndarray:
+HEADER_BYTES = 4096  # most JPEGs' headers end within
+
+
+def decode(data: bytes | memoryview, where: str) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP file, upright by its EXIF orientation; transparency is dropped.
 
     Returns uint8 RGB, (height, width, 3), writable.
@@ -46,7 +49,7 @@ def decode(data: bytes, where: str) -> np.ndarray:
         raise UserError(f"{where}: can't be decoded: {reason}; mend or remove the sample") from None
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_jpeg(data: bytes | memoryview) -> np.ndarray | None:
     """PIL's very pixels, sooner. None for what PIL has to judge: other formats, damaged, huge or CMYK files."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -57,8 +60,10 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
 
 
-def _has_orientation(jpeg: bytes) -> bool:
-    header = jpeg[: jpeg.find(b"\xff\xda")]  # up to the first scan
+def _has_orientation(jpeg: bytes | memoryview) -> bool:
+    header = bytes(jpeg[:HEADER_BYTES])
+    begin_of_scan = header.find(b"\xff\xda")
+    header = header[:begin_of_scan] if begin_of_scan >= 0 else bytes(jpeg)
     return b"Exif\0\0" in header or b"tiff:Orientation" in header
 
 

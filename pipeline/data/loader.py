@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.decode import decode
 from pipeline.data.index import Index, expand_urls
-from pipeline.data.order import AUGMENT, Order, Plan, auto_lanes
+from pipeline.data.order import AUGMENT, Order, Plan, auto_lanes, keyed_generator
 from pipeline.data.reader import OrderedSamples, ResampledSamples, Sample
 from pipeline.data.source import ReadConfig, Source
 from pipeline.errors import UserError
@@ -201,7 +201,7 @@ class Reader(IterableDataset):
         while stream.stop_step is None or step < stream.stop_step:
             images = torch.empty(count, size, size, 3, dtype=torch.uint8)
             pixels = images.numpy()
-            labels, valid = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+            labels, valid = np.zeros(count, np.int64), np.zeros(count, np.bool_)
             keys, bad = [""] * count, []
             for number, row in enumerate(plan.rows(lanes, step)):
                 found = samples.get(row.lane, row.position, last=row.copy == plan.repeats - 1)
@@ -217,7 +217,7 @@ class Reader(IterableDataset):
                     bad.append((sample.where, sample.bad or ""))
                 pixels[number] = 0
             chunk = images.permute(0, 3, 1, 2)  # (B, 3, S, S) in channels-last memory
-            yield Batch(chunk, labels, valid, keys, int(valid.sum()), bad)
+            yield Batch(chunk, torch.from_numpy(labels), torch.from_numpy(valid), keys, int(valid.sum()), bad)
             step += 1
 
     def _decoded(self, sample: Sample) -> np.ndarray | None:
@@ -231,8 +231,7 @@ class Reader(IterableDataset):
 
     def _augmented(self, image: np.ndarray, sample: Sample, epoch: int, copy: int) -> np.ndarray:
         stream = self.stream
-        key = [stream.order.seed, AUGMENT, epoch, *sample.key, copy]
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        rng = keyed_generator(stream.order.seed, AUGMENT, epoch, sample.key, copy)
         for policy in stream.policies:
             image = policy(image, stream.image_size, rng)
         expected = (stream.image_size, stream.image_size, 3)

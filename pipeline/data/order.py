@@ -15,6 +15,8 @@ import numpy as np
 # One number for each use of the seed, so that no two of them share their random numbers.
 SHARDS, WINDOW, AUGMENT, DROPOUT, MIX, RESAMPLE = range(6)
 
+WORD = (1 << 64) - 1
+
 
 def random_order(n: int, *key: int) -> np.ndarray:
     """A permutation of 0..n-1 drawn from a key alone.
@@ -24,6 +26,13 @@ def random_order(n: int, *key: int) -> np.ndarray:
     """
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(raw, kind="stable")
+
+
+def keyed_generator(seed: int, use: int, epoch: int, sample: tuple[int, int], copy: int) -> np.random.Generator:
+    """Random numbers for one copy of one sample in one epoch, from a counter-based generator: nothing is carried."""
+    # The lowest word counts the numbers that are drawn.
+    bits = np.random.Philox(key=(seed & WORD, use), counter=(0, epoch << 32 | copy, *sample))
+    return np.random.Generator(bits)
 
 
 @dataclass(frozen=True)

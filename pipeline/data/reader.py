@@ -33,13 +33,13 @@ class Sample:
     """An encoded image with its label; or why there is none."""
 
     where: str  # shard and key, for messages
-    key: tuple[int, ...]  # what its augmentation is drawn by, whatever the order that it comes in
+    key: tuple[int, int]  # what its augmentation is drawn by, whatever the order that it comes in
     label: int = 0
-    image: bytes = b""
+    image: bytes | memoryview = b""  # a view keeps its window in memory
     bad: str | None = None
 
 
-def to_sample(members: dict[str, Any], url: str, key: tuple[int, ...], num_classes: int) -> Sample:
+def to_sample(members: dict[str, Any], url: str, key: tuple[int, int], num_classes: int) -> Sample:
     """Takes image and class from a sample's members; whatever is wrong with them makes it a bad sample."""
     name = members["__key__"]
     sample = Sample(f"{url}: sample {name}", key)
@@ -52,7 +52,7 @@ def to_sample(members: dict[str, Any], url: str, key: tuple[int, ...], num_class
     else:
         try:
             sample.label = label_of(members, sample.where)
-            sample.image = bytes(members[suffix])
+            sample.image = members[suffix]
             if sample.label >= num_classes:
                 sample.bad = f"label {sample.label} is out of range for model.num_classes={num_classes}"
         except UserError as error:
@@ -129,7 +129,7 @@ class OrderedSamples:
             samples.append(self._read_one(shard, row, key))
         return samples
 
-    def _read_one(self, shard: Shard, row: np.ndarray, key: tuple[int, ...]) -> Sample:
+    def _read_one(self, shard: Shard, row: np.ndarray, key: tuple[int, int]) -> Sample:
         if not row["nbytes"]:
             return self._bad(shard, row, key, f"larger than {MAX_SAMPLE_BYTES} bytes")
         try:
@@ -147,7 +147,7 @@ class OrderedSamples:
         except Exception:  # whatever a tar reader makes of damaged bytes
             return []
 
-    def _bad(self, shard: Shard, row: np.ndarray, key: tuple[int, ...], reason: str) -> Sample:
+    def _bad(self, shard: Shard, row: np.ndarray, key: tuple[int, int], reason: str) -> Sample:
         where = f"{shard.url}: sample {key[1]} of {shard.samples}"
         return Sample(where, key, bad=reason.removeprefix(f"{shard.url}: "))
 
@@ -177,6 +177,8 @@ class ResampledSamples:
     def __init__(self, urls: list[str], source: Source, num_classes: int, pool: int, key: tuple[int, ...]):
         self.urls, self.source, self.num_classes = urls, source, num_classes
         self.pool, self.key = max(pool, 1), key
+        # Streams have numbers far apart, so that no two draws of a shard are augmented alike.
+        self.first = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
         self.samples = self._shuffled()
 
     def expect(self, lane: int, position: int) -> None:
@@ -206,7 +208,7 @@ class ResampledSamples:
             try:
                 file = BufferedReader(StreamFile(self.source.stream(url)), 1 << 16)
                 for number, members in enumerate(parse_stream(file, url)):
-                    yield to_sample(members, url, (*self.key, draw, number), self.num_classes)
+                    yield to_sample(members, url, (self.first + draw, number), self.num_classes)
                     failures = 0
             except Exception as error:  # the rest of this shard is lost: said once, as one bad sample
                 failures += 1
@@ -214,5 +216,5 @@ class ResampledSamples:
                     raise UserError(
                         f"{url}: the last 100 shards that were drawn failed; the last one by: {error}"
                     ) from None
-                yield Sample(f"{url}: from sample {number} on", (*self.key, draw, number), bad=str(error))
+                yield Sample(f"{url}: from sample {number} on", (self.first + draw, number), bad=str(error))
             draw += 1

@@ -80,6 +80,13 @@ class Source:
         data = bytearray()
 
         def go_on() -> bytes:
+            if is_local(url):  # in one piece, without copies
+                with open(url, "rb", buffering=0) as file:
+                    file.seek(start)
+                    whole = file.read(nbytes)
+                if len(whole) < nbytes:
+                    raise Refused(f"truncated at byte {start + len(whole)} (expected {start + nbytes})")
+                return whole
             for chunk in self._chunks(url, start + len(data), start + nbytes):
                 data.extend(chunk)
                 if time.monotonic() > end:
@@ -133,11 +140,7 @@ class Source:
                 pause = min(2 * pause, 10.0)
 
     def _chunks(self, url: str, start: int, stop: int) -> Iterator[bytes]:
-        if is_local(url):
-            with open(url, "rb") as file:
-                file.seek(start)
-                yield file.read(stop - start)
-        elif is_http(url):
+        if is_http(url):
             yield from http_chunks(url, start, stop, self.limits.timeout_seconds)
         elif is_pipe(url):
             yield from self.pipes.chunks(self.command(url), start, stop, self.limits.timeout_seconds)
