@@ -23,6 +23,8 @@ from pipeline.errors import UserError
 from pipeline.options import option
 from pipeline.runtime import Ranks, ignore_signals
 
+PREFETCH = 4  # parts of batches that a worker has under way
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -86,10 +88,6 @@ class Batch:
         images, labels, valid = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.valid))
         return Batch(images, labels, valid, self.keys, self.valid_rows, self.bad)
 
-    def pin_memory(self) -> "Batch":
-        images, labels, valid = (t.pin_memory() for t in (self.images, self.labels, self.valid))
-        return Batch(images, labels, valid, self.keys, self.valid_rows, self.bad)
-
     def split(self, rows: int) -> list["Batch"]:
         """Micro batches of `rows` rows each."""
         images, labels, valid = self.images.split(rows), self.labels.split(rows), self.valid.split(rows)
@@ -98,12 +96,15 @@ class Batch:
         return [Batch(*parts, valid_rows=rows) for parts in zip(images, labels, valid, keys, strict=True)]
 
 
-def join(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    images, labels, valid = (torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels", "valid"))
-    keys, bad = [key for p in parts for key in p.keys], [entry for p in parts for entry in p.bad]
-    return Batch(images, labels, valid, keys, sum(p.valid_rows for p in parts), bad)
+@dataclass
+class Part:
+    """A worker's rows of a batch. Their pixels lie in the worker's ring of shared memory."""
+
+    slot: int
+    labels: np.ndarray  # (rows,), int64
+    valid: np.ndarray  # (rows,), bool
+    keys: list[str]
+    bad: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -163,18 +164,21 @@ def evaluation_stream(
 
 
 class Reader(IterableDataset):
-    """Reads, decodes and augments a worker's lanes; yields their part of each batch, or a UserError."""
+    """Reads, decodes and augments a worker's lanes; yields their part of each batch, or a UserError.
 
-    def __init__(self, stream: Stream):
-        self.stream = stream
+    `rings` has a tensor (slots, rows, S, S, 3) of shared memory for each worker, which are written in turn.
+    """
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
+    def __init__(self, stream: Stream, rings: list[Tensor]):
+        self.stream, self.rings = stream, rings
+
+    def __iter__(self) -> Iterator[Part | UserError]:
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         samples = self._samples(part, parts)
         # A worker's exception would reach the rank wrapped in tracebacks: the user's errors travel as values.
         try:
-            yield from self._batches(samples, self._lanes(part, parts))
+            yield from self._parts(samples, self._lanes(part, parts), self.rings[part].numpy())
         except UserError as error:
             yield error
         finally:
@@ -192,15 +196,15 @@ class Reader(IterableDataset):
         key = (stream.order.seed, stream.start_step, stream.ranks.rank, worker)
         return ResampledSamples(stream.urls, source, stream.num_classes, pool, key)
 
-    def _batches(self, samples: OrderedSamples | ResampledSamples, lanes: range) -> Iterator[Batch]:
+    def _parts(self, samples: OrderedSamples | ResampledSamples, lanes: range, ring: np.ndarray) -> Iterator[Part]:
         stream, plan = self.stream, self.stream.plan
         for row in plan.rows(lanes, stream.start_step):
             samples.expect(row.lane, row.position)
         decoded: tuple[Any, np.ndarray | None] = None, None  # the copies of a sample follow each other
-        count, size, step = len(lanes) * plan.rows_per_lane, stream.image_size, stream.start_step
+        count, step = len(lanes) * plan.rows_per_lane, stream.start_step
         while stream.stop_step is None or step < stream.stop_step:
-            images = torch.empty(count, size, size, 3, dtype=torch.uint8)
-            pixels = images.numpy()
+            slot = (step - stream.start_step) % len(ring)
+            pixels = ring[slot]  # (rows, S, S, 3)
             labels, valid = np.zeros(count, np.int64), np.zeros(count, np.bool_)
             keys, bad = [""] * count, []
             for number, row in enumerate(plan.rows(lanes, step)):
@@ -216,8 +220,7 @@ class Reader(IterableDataset):
                         continue
                     bad.append((sample.where, sample.bad or ""))
                 pixels[number] = 0
-            chunk = images.permute(0, 3, 1, 2)  # (B, 3, S, S) in channels-last memory
-            yield Batch(chunk, torch.from_numpy(labels), torch.from_numpy(valid), keys, int(valid.sum()), bad)
+            yield Part(slot, labels, valid, keys, bad)
             step += 1
 
     def _decoded(self, sample: Sample) -> np.ndarray | None:
@@ -248,27 +251,49 @@ class Loader:
 
     def __init__(self, stream: Stream, workers: int, device: torch.device):
         self.device = device
-        ranks = stream.ranks
-        self.workers = min(workers, len(stream.plan.lanes_of(ranks.rank, ranks.world_size)))
+        ranks, plan, size = stream.ranks, stream.plan, stream.image_size
+        self.workers = min(workers, len(plan.lanes_of(ranks.rank, ranks.world_size)))
+        parts = max(self.workers, 1)
+        lanes = [plan.lanes_of(ranks.rank, ranks.world_size, worker, parts) for worker in range(parts)]
+        # A worker has PREFETCH parts under way at most, and one more may be read here: no slot is written before its
+        # time. The rings' pages are used again and again, where new shared memory for each batch would cost more
+        # than the copy.
+        self.rings = [
+            torch.empty(PREFETCH + 1, len(mine) * plan.rows_per_lane, size, size, 3, dtype=torch.uint8)
+            for mine in lanes
+        ]
+        for ring in self.rings:
+            ring.share_memory_()
         self.loader = DataLoader(
-            Reader(stream),
+            Reader(stream, self.rings),
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            prefetch_factor=4 if self.workers else None,
-            pin_memory=device.type == "cuda",
+            prefetch_factor=PREFETCH if self.workers else None,
             worker_init_fn=_start_worker,
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        parts: list[Batch] = []
+        parts: list[Part] = []
         for part in self.loader:
             if isinstance(part, UserError):
                 raise part
-            parts.append(part.to(self.device))
-            if len(parts) == max(self.workers, 1):
-                yield join(parts)
+            parts.append(part)
+            if len(parts) == len(self.rings):
+                yield self._join(parts)
                 parts = []
+
+    def _join(self, parts: list[Part]) -> Batch:
+        pinned = self.device.type == "cuda"
+        rows = sum(len(part.labels) for part in parts)
+        images = torch.empty(rows, *self.rings[0].shape[2:], dtype=torch.uint8, pin_memory=pinned)  # (B, S, S, 3)
+        torch.cat([ring[part.slot] for ring, part in zip(self.rings, parts, strict=True)], out=images)
+        labels, valid = (
+            torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ("labels", "valid")
+        )
+        keys, bad = [key for part in parts for key in part.keys], [entry for part in parts for entry in part.bad]
+        chunk = images.permute(0, 3, 1, 2)  # (B, 3, S, S) in channels-last memory
+        return Batch(chunk, labels, valid, keys, int(valid.sum()), bad).to(self.device)
 
     def close(self) -> None:
         """Ends the worker processes."""
