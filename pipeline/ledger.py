@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+from collections import Counter
 from typing import Any
 
 from pipeline.data.loader import Batch
@@ -19,6 +20,7 @@ class Ledger:
         self.log = None
         self.found: list[dict[str, Any]] = []
         self.total = 0
+        self.by_rank: Counter[int] = Counter()  # since this start
         if engine.ranks.is_main:  # also of ranks that there were more of before
             for path in [self.quarantine, *glob.glob(os.path.join(run_dir, "samples-rank*.jsonl"))]:
                 drop_lines_after(path, start_step)
@@ -50,6 +52,7 @@ class Ledger:
             self.log.flush()
         if split == "train":
             self.total = before + len(found)
+            self.by_rank.update(entry["rank"] for entry in found)
         if found and self.engine.ranks.is_main:
             known = set(self._written(split)) if split == "val" else set()
             with open(self.quarantine, "a") as file:

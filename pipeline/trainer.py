@@ -181,6 +181,7 @@ class Trainer:
             values["checkpoint_failed"] = 1.0
         if self.ledger.total:
             values["bad_samples"] = self.ledger.total
+            values |= {f"bad_samples/rank{rank}": count for rank, count in sorted(self.ledger.by_rank.items())}
         values |= {"grad_norm": float(grad_norm), **self.meter.read()}
         self._show("scalars", step, values)
 

@@ -1,6 +1,8 @@
 """The batches: the same for any number of ranks and workers, exact evaluation, damage that is named."""
 
 import io
+import json
+import os
 import re
 import shutil
 import tarfile
@@ -176,3 +178,32 @@ def test_a_bad_tar_is_refused_when_the_index_is_written(tmp_path, content, messa
     with pytest.raises(UserError, match=f"x.tar: .*{message}"):
         write_index([str(path)])
     assert not (tmp_path / "index.json").exists()
+
+
+COUNTS = {
+    "sizes.json": lambda counts: counts,
+    "_info.json": lambda counts: {"splits": {"train": {"filenames": [*counts], "shard_lengths": [*counts.values()]}}},
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_that_others_have_left_beside_the_shards_are_compared(digits, tmp_path, name):
+    for file in digits.glob("train-*.tar"):
+        shutil.copy(file, tmp_path)
+    urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    counts = {f"train-00{n}.tar": count for n, count in enumerate([360, 359, 359, 359])}
+    (tmp_path / name).write_text(json.dumps(COUNTS[name](counts)))
+    assert write_index(urls) == 1437
+    os.remove(tmp_path / "index.json")
+    (tmp_path / name).write_text(json.dumps(COUNTS[name]({**counts, "train-002.tar": 400})))
+    with pytest.raises(UserError, match=rf"train-002.tar: 359 samples, but {name} beside it says 400"):
+        write_index(urls)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_an_index_keeps_what_it_had_of_other_shards(digits, tmp_path):
+    for file in digits.glob("*.tar"):
+        shutil.copy(file, tmp_path)
+    write_index([str(path) for path in tmp_path.glob("train-*.tar")])
+    write_index([str(path) for path in tmp_path.glob("val-*.tar")], processes=2)
+    assert load_index([f"{tmp_path}/train-{{000..003}}.tar", f"{tmp_path}/val-{{000..001}}.tar"]).samples == 1797
