@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.optimizer import skip_step
 from pipeline.options import option
 from pipeline.runtime import Ranks
 
@@ -137,10 +138,15 @@ class Engine:
         self.accelerator.backward(loss * (self.plan.accumulation * self.plan.ranks))
 
     def step(self, learning_rate: float) -> Tensor:
-        """Clips by the global norm and updates the weights. Returns the norm before clipping, on the device."""
+        """Clips by the global norm and updates the weights. Returns the norm before clipping, on the device.
+
+        Where the norm is not finite, weights and moments stay as they are.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
+        if self.config.precision != "fp16":  # whose loss scaler skips by itself
+            skip_step(self.torch_optimizer(), ~norm.isfinite())
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -267,6 +273,7 @@ class DeepSpeedEngine(Engine):
         norm = None
         if self.zero is self.torch_optimizer():  # plain torch optimizer: ZeRO-0 in fp32
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
+            skip_step(self.zero, ~norm.isfinite())
         self.model.step()
         if norm is None:
             norm = self.model.get_global_grad_norm()

@@ -44,6 +44,15 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101, algorithm 2) over the model's parameter groups; the learning rate is set each step."""
+    """AdamW (arXiv 1711.05101, algorithm 2) over the model's parameter groups; the learning rate is set each step.
+
+    The fused kernel is one pass over the memory, and can leave a step out without asking the device (`skip_step`).
+    """
     groups = parameter_groups(model.named_parameters(), config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def skip_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Has the next step of a fused optimizer do nothing where `skip`, a scalar on the device, is true."""
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]

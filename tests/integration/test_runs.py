@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, data, free_port, start, train, two_ranks
+from tests.conftest import ROOT, SMALL, data, environment, free_port, start, train, two_ranks
 
 
 def losses(run_dir):
@@ -173,3 +174,16 @@ def test_the_default_run_reaches_97_percent(digits, tmp_path, zero_stage):
     final = [line for line in lines if "val/top1" in line][-1]
     assert final["val/count"] == 360
     assert final["val/top1"] >= 0.97
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("zero_stage", ["null", "0", "1", "2", "3"])
+def test_a_gradient_that_is_not_finite_on_one_rank_never_reaches_the_weights(zero_stage, precision):
+    script = str(ROOT / "tests/integration/nan_guard.py")
+    command = [*two_ranks(), script, zero_stage, precision]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment({}), timeout=280)
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["kept"], found
+    assert found["goes on"], found
+    assert found["finite"], found
