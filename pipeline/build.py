@@ -23,6 +23,7 @@ from pipeline.run_dir import RunDir
 from pipeline.runtime import Ranks, StopSignal, StopVote
 from pipeline.schedule import learning_rate
 from pipeline.trainer import Trainer
+from pipeline.weights import fit_weights
 from vit.model import ViT, ViTConfig, training_flops
 
 
@@ -88,6 +89,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     index = load_index(config.data.train)
     check_labels(index, config.model.num_classes)
     classes = read_classes(config.data.train)
+    model = build_model(config.model, config.run.seed)
+    if config.model.init_from is not None and checkpoint.latest(run_dir.checkpoints)[0] is None:
+        model.load_state_dict(fit_weights(model, config.model.init_from, config.model.new_head))
     total_steps = config.run.total_steps(index.samples, plan.global_batch)
     if ranks.is_main:
         run_dir.open(identity(config, index))
@@ -103,7 +107,6 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     devices = engine.device_names()
     if ranks.is_main and start_step < total_steps:
         run_dir.start(to_yaml(config), classes, devices)
-    model = build_model(config.model, config.run.seed)
     optimizer = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizer, state)
     sinks = []

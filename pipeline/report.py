@@ -18,6 +18,7 @@ from pipeline.engine import REDUCE_BUCKET_SIZE, BatchPlan, plan_batch
 from pipeline.errors import UserError
 from pipeline.optimizer import parameter_groups
 from pipeline.runtime import Ranks
+from pipeline.weights import fit_weights
 from vit.model import ViT, count_parameters, forward_flops, training_flops
 
 GIB = 1 << 30
@@ -109,6 +110,9 @@ def dry_run(config: RunConfig, ranks: Ranks) -> int:
     print(f"model: ViT {config.model.variant}, {parameters:,} parameters")
     print(f"  {forward_flops(config.model) / 1e9:.2f} GFLOP forward, {training_flops(config.model) / 1e9:.2f} GFLOP"
           " a training step, for one image")  # fmt: skip
+    if config.model.init_from is not None:
+        fit_weights(model, config.model.init_from, config.model.new_head)
+        print(f"  starts from {config.model.init_from}: every tensor fits")
     print(f"batch: {plan.global_batch} = {plan.micro_batch} micro batch x {plan.accumulation} accumulation"
           f" x {plan.ranks} ranks; {config.data.resolved_lanes} lanes")  # fmt: skip
     print("parameter groups:")
