@@ -15,7 +15,7 @@ from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
 from pipeline.data.digits import write_digits
 from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
-from pipeline.engine import Engine, build_engine, plan_batch
+from pipeline.engine import Engine, EngineConfig, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
@@ -60,13 +60,22 @@ def check_labels(index: Index, num_classes: int) -> None:
             raise UserError(f"{shard.url}: some samples have no label; expected a member cls in each")
 
 
-def build_model(config: ViTConfig, seed: int) -> ViT:
+def build_model(config: ViTConfig, execution: EngineConfig, seed: int) -> ViT:
     """The model with its initial weights, the same on every rank."""
     with torch.device("meta"):
-        model = ViT(config)
+        model = ViT(config, fused=execution.fused, activation_checkpointing=execution.activation_checkpointing)
     model.to_empty(device="cpu")
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
+
+
+def compile_model(model: ViT, what: str) -> None:
+    """Compiles each block, or the whole forward pass, at its first call; names in the state dict stay."""
+    if what == "block":
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    elif what == "model":
+        model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
 
 
 def identity(config: RunConfig, index: Index) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     index = load_index(config.data.train)
     check_labels(index, config.model.num_classes)
     classes = read_classes(config.data.train)
-    model = build_model(config.model, config.run.seed)
+    model = build_model(config.model, config.engine, config.run.seed)
     if config.model.init_from is not None and checkpoint.latest(run_dir.checkpoints)[0] is None:
         model.load_state_dict(fit_weights(model, config.model.init_from, config.model.new_head))
     total_steps = config.run.total_steps(index.samples, plan.global_batch)
@@ -107,6 +116,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     devices = engine.device_names()
     if ranks.is_main and start_step < total_steps:
         run_dir.start(to_yaml(config), classes, devices)
+    compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizer, state)
     sinks = []

@@ -83,7 +83,8 @@ def activation_bytes(config: RunConfig, micro_batch: int, zero: bool) -> int:
     size = config.model.image_size
     with FakeTensorMode():
         torch.set_default_dtype(half if zero else torch.float32)  # `Module.to` does not work on fake tensors
-        model = ViT(config.model)
+        engine = config.engine
+        model = ViT(config.model, fused=engine.fused, activation_checkpointing=engine.activation_checkpointing)
         torch.set_default_dtype(torch.float32)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)

@@ -95,20 +95,23 @@ class Dropout(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Zeroes a whole residual branch of an image with probability `rate` (stochastic depth, arXiv 1603.09382).
+    """Zeroes a whole residual branch of an image with probability `rate` while training (stochastic depth, arXiv
+    1603.09382), and scales the rest by 1 / (1 - rate).
 
     Shapes: x (B, ...) -> (B, ...).
     """
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
-        self.rate = rate
+        self.is_active = rate > 0.0
+        # A tensor, so that blocks of different rates share one compiled graph; never on the meta device.
+        self.keep_rate = torch.tensor(1.0 - rate, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
+        if not self.training or not self.is_active:
             return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1.0 - self.rate)  # (B, 1, ...)
-        return x * keep / (1.0 - self.rate)
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < self.keep_rate  # (B, 1, ...)
+        return x * keep / self.keep_rate
 
 
 class PatchEmbedding(Layer):

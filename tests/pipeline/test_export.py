@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import checkpoint
 from pipeline.build import build_model
 from pipeline.config import ModelConfig, load_config, to_tree
-from pipeline.engine import TrainingState
+from pipeline.engine import EngineConfig, TrainingState
 from pipeline.errors import UserError
 from pipeline.export import main
 from pipeline.weights import fit_weights, read_weights
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     """A run directory with one checkpoint of the default model, with random weights in it, and the model."""
     folder = tmp_path_factory.mktemp("run")
     config = load_config(DIGITS)
-    model = randomize(build_model(config.model, 0))
+    model = randomize(build_model(config.model, config.engine, 0))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     moments = {key: {n: t.clone() for n, t in weights.items()} for key in ("exp_avg", "exp_avg_sq")}
     facts = {"config": to_tree(config), "classes": [f"digit {n}" for n in range(10)]}
@@ -52,7 +52,7 @@ def test_an_exported_file_fills_a_fresh_model_bit_by_bit(run, tmp_path, layout):
     folder, model = run
     out = tmp_path / {"hf": "folder", "jax": "vit.npz"}.get(layout, "vit.safetensors")
     assert main([str(folder / "checkpoints/step-00000005"), "--layout", layout, "--out", str(out)]) == 0
-    filled = fit_weights(build_model(model.config, 1), str(out), new_head=False)
+    filled = fit_weights(build_model(model.config, EngineConfig(), 1), str(out), new_head=False)
     assert all(torch.equal(tensor, filled[name]) for name, tensor in model.state_dict().items())
 
 
