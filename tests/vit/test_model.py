@@ -57,7 +57,7 @@ def hugging_face(model):
     from transformers import ViTConfig as HFConfig
     from transformers import ViTForImageClassification
 
-    state = to_layout(model.state_dict(), "hf", model.config)
+    state = {name: t.clone() for name, t in to_layout(model.state_dict(), "hf", model.config).items()}
     reference = ViTForImageClassification.from_pretrained(
         None, config=HFConfig(**hf_config(model.config, [])), state_dict=state
     ).eval()
