@@ -36,5 +36,3 @@ def test_the_saved_notebook_has_all_its_outputs_in_order():
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 6
-
-
