@@ -16,7 +16,7 @@ from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
 from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
-from pipeline.engine import Engine, build_engine, plan_batch
+from pipeline.engine import Engine, EngineConfig, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
 from pipeline.ledger import Ledger
 from pipeline.monitor.meter import Meter, peak_flops
@@ -25,6 +25,7 @@ from pipeline.run_dir import RunDir
 from pipeline.runtime import Ranks, StopSignal, Vote
 from pipeline.schedule import learning_rate
 from pipeline.trainer import Trainer
+from pipeline.weights import fit_weights
 from vit.model import ViT, ViTConfig, training_flops
 
 
@@ -84,13 +85,22 @@ def find_train_index(config: RunConfig, ranks: Ranks) -> Index | None:
     return index
 
 
-def build_model(config: ViTConfig, seed: int) -> ViT:
+def build_model(config: ViTConfig, execution: EngineConfig, seed: int) -> ViT:
     """The model with its initial weights, the same on every rank."""
     with torch.device("meta"):
-        model = ViT(config)
+        model = ViT(config, fused=execution.fused, activation_checkpointing=execution.activation_checkpointing)
     model.to_empty(device="cpu")
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
+
+
+def compile_model(model: ViT, what: str) -> None:
+    """Compiles each block, or the whole forward pass, at its first call; names in the state dict stay."""
+    if what == "block":
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    elif what == "model":
+        model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
 
 
 def identity(config: RunConfig, index: Index | None) -> dict[str, Any]:
@@ -115,6 +125,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     engine.barrier()
     index = find_train_index(config, ranks)
     classes = read_classes(config.data.train, Source(config.data.read))
+    model = build_model(config.model, config.engine, config.run.seed)
+    if config.model.init_from is not None and checkpoint.latest(run_dir.checkpoints)[0] is None:
+        model.load_state_dict(fit_weights(model, config.model.init_from, config.model.new_head))
     epoch_rows = index.samples * config.data.repeats if index else None
     total_steps = config.run.total_steps(epoch_rows or 0, plan.global_batch)
     if ranks.is_main:
@@ -132,7 +145,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     devices = engine.device_names()
     if ranks.is_main and start_step < total_steps:
         run_dir.start(to_yaml(config), classes, devices)
-    model = build_model(config.model, config.run.seed)
+    compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer)
     engine.prepare(model, optimizer, state)
     sinks = []

@@ -37,9 +37,17 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelConfig(ViTConfig):
+    """A ViT, and the weights it starts from."""
+
+    init_from: str | None = option(None, "weights to start from: a file or folder of any layout; null: random")
+    new_head: bool = option(False, "with init_from: start with a fresh head, whatever the file's")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     run: RunSettings
-    model: ViTConfig = ViTConfig()
+    model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     mix: MixConfig = MixConfig()

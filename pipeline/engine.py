@@ -31,6 +31,13 @@ class EngineConfig:
         None, "images of one forward pass on one rank; null: no accumulation", may_change=True
     )
     grad_clip: float | None = option(1.0, "largest global norm of the gradient; null: no clipping")
+    fused: bool = option(True, "torch's fused kernels; false: the same function in plain tensor math", may_change=True)
+    compile: Literal["none", "block", "model"] = option(
+        "none", "torch.compile each block (gradients are reduced meanwhile) or the whole model", may_change=True
+    )
+    activation_checkpointing: bool = option(
+        False, "keep only each block's input for the backward pass: less memory, a third more work", may_change=True
+    )
     timeout_seconds: int = option(1800, "how long a rank waits for the others", may_change=True)
 
     def __post_init__(self) -> None:

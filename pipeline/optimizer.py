@@ -24,7 +24,7 @@ class OptimizerConfig:
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices and kernels, not to biases, norms, tokens or positions."""
-    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in ("class_token", "positions")
+    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in ("class_token", "positions", "registers")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict]:

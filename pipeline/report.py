@@ -20,6 +20,7 @@ from pipeline.engine import REDUCE_BUCKET_SIZE, BatchPlan, plan_batch
 from pipeline.errors import UserError
 from pipeline.optimizer import parameter_groups
 from pipeline.runtime import Ranks
+from pipeline.weights import fit_weights
 from vit.model import ViT, count_parameters, forward_flops, training_flops
 
 GIB = 1 << 30
@@ -84,7 +85,8 @@ def activation_bytes(config: RunConfig, micro_batch: int, zero: bool) -> int:
     size = config.model.image_size
     with FakeTensorMode():
         torch.set_default_dtype(half if zero else torch.float32)  # `Module.to` does not work on fake tensors
-        model = ViT(config.model)
+        engine = config.engine
+        model = ViT(config.model, fused=engine.fused, activation_checkpointing=engine.activation_checkpointing)
         torch.set_default_dtype(torch.float32)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -112,6 +114,9 @@ def dry_run(config: RunConfig, ranks: Ranks) -> int:
     print(f"model: ViT {config.model.variant}, {parameters:,} parameters")
     print(f"  {forward_flops(config.model) / 1e9:.2f} GFLOP forward, {training_flops(config.model) / 1e9:.2f} GFLOP"
           " a training step, for one image")  # fmt: skip
+    if config.model.init_from is not None:
+        fit_weights(model, config.model.init_from, config.model.new_head)
+        print(f"  starts from {config.model.init_from}: every tensor fits")
     print(f"batch: {plan.global_batch} = {plan.micro_batch} micro batch x {plan.accumulation} accumulation"
           f" x {plan.ranks} ranks; {config.data.plan.lanes} lanes")  # fmt: skip
     print("parameter groups:")

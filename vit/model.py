@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vit.layers import Dropout, EncoderBlock, LayerNorm, Linear, PatchEmbedding
+from vit.layers import Dropout, EncoderBlock, Layer, LayerNorm, Linear, PatchEmbedding
 
 # Table 1 of arXiv 2010.11929 for B, L and H; Ti and S from DeiT (arXiv 2012.12877) and AugReg (arXiv 2106.10270).
 SIZES: dict[str, dict[str, int]] = {
@@ -45,6 +46,12 @@ class ViTConfig:
     heads: int = _option(12, "attention heads in a block; must divide width")
     mlp_dim: int = _option(3072, "hidden features of a block's MLP")
     pool: Literal["cls", "avg"] = _option("cls", "what the head sees: the class token, or the mean of all patches")
+    position_embedding: Literal["learned", "sincos"] = _option(
+        "learned", "learned positions, or fixed 2-D sines and cosines (arXiv 2205.01580)"
+    )
+    registers: int = _option(0, "extra tokens without a patch, dropped at the end (arXiv 2309.16588)")
+    representation_size: int | None = _option(None, "features of a tanh layer before the head; null: no such layer")
+    layer_scale: float | None = _option(None, "initial LayerScale (arXiv 2103.17239); null: no LayerScale")
     qkv_bias: bool = _option(True, "whether query, key and value have a bias")
     dropout: float = _option(0.0, "dropout after the embedding, the attention projection and inside of the MLP")
     attention_dropout: float = _option(0.0, "dropout of the attention weights")
@@ -61,6 +68,17 @@ class ViTConfig:
                 raise ValueError(f"{name}: must lie in [0, 1), found {getattr(self, name)}")
         if self.pool not in ("cls", "avg"):
             raise ValueError(f"pool: must be 'cls' or 'avg', found {self.pool!r}")
+        if self.position_embedding not in ("learned", "sincos"):
+            raise ValueError(f"position_embedding: must be 'learned' or 'sincos', found {self.position_embedding!r}")
+        if self.position_embedding == "sincos" and (self.width % 4 or self.width < 8):
+            raise ValueError(
+                f"width: sincos positions need a multiple of 4 from 8 on, found {self.width};"
+                f" the nearest: {max(8, round(self.width / 4) * 4)}"
+            )
+        if self.registers < 0:
+            raise ValueError(f"registers: must be at least 0, found {self.registers}")
+        if self.representation_size is not None and self.representation_size < 1:
+            raise ValueError(f"representation_size: must be at least 1 or null, found {self.representation_size}")
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
             near = [size for size in (low, low + self.patch_size) if size]
@@ -101,9 +119,19 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def positions(self) -> int:
+        """Tokens that have a position: all patches, and the class token before them."""
+        return self.patches + (self.pool == "cls")
+
+    @property
     def tokens(self) -> int:
         """Sequence length N in the encoder."""
-        return self.patches + (self.pool == "cls")
+        return self.positions + self.registers
+
+    @property
+    def features(self) -> int:
+        """What the head sees of an image."""
+        return self.width if self.representation_size is None else self.representation_size
 
 
 class ViT(nn.Module):
@@ -112,14 +140,24 @@ class ViT(nn.Module):
     Shapes: images (B, C, S, S), normalised floats -> logits (B, num_classes).
     Parameters are uninitialised after construction (so that a model can be built on the meta device first):
     call `init_weights`, or load a state dict.
+
+    How it is computed is no part of the config: `fused` chooses the layers' path, and `activation_checkpointing` keeps
+    only the input of each block for the backward pass and computes the rest again (arXiv 1604.06174).
     """
 
-    def __init__(self, config: ViTConfig):
+    positions: Tensor
+
+    def __init__(self, config: ViTConfig, *, fused: bool = True, activation_checkpointing: bool = False):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = activation_checkpointing
         self.patch = PatchEmbedding(config.channels, config.patch_size, config.width)
         self.class_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.pool == "cls" else None
-        self.positions = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        self.registers = nn.Parameter(torch.empty(1, config.registers, config.width)) if config.registers else None
+        if config.position_embedding == "learned":
+            self.positions = nn.Parameter(torch.empty(1, config.positions, config.width))
+        else:
+            self.register_buffer("positions", sincos_positions(config), persistent=False)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             EncoderBlock(
@@ -131,29 +169,44 @@ class ViT(nn.Module):
                 attention_dropout=config.attention_dropout,
                 drop_path=config.drop_path * index / max(config.depth - 1, 1),
                 layer_norm_eps=config.layer_norm_eps,
+                layer_scale=config.layer_scale is not None,
             )
             for index in range(config.depth)
         )
         self.norm = LayerNorm(config.width, config.layer_norm_eps)
-        self.head = Linear(config.width, config.num_classes)
+        has_representation = config.representation_size is not None
+        self.representation = Linear(config.width, config.features) if has_representation else None
+        self.head = Linear(config.features, config.num_classes)
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.is_fused = fused
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches, with the class token at position 0, plus learned positions (eq. 1): (B, C, S, S) -> (B, N, D)."""
+        """Class token, registers and patches, with positions added (eq. 1): (B, C, S, S) -> (B, N, D)."""
         x = self.patch(images)  # (B, patches, D)
         if self.class_token is not None:
             token = self.class_token.expand(len(x), -1, -1).to(x.dtype)  # (B, 1, D)
-            x = torch.cat((token, x), dim=1)  # (B, N, D)
-        return self.dropout(x + self.positions)
+            x = torch.cat((token, x), dim=1)
+        x = x + self.positions
+        if self.registers is not None:
+            first = self.config.positions - self.config.patches
+            registers = self.registers.expand(len(x), -1, -1).to(x.dtype)
+            x = torch.cat((x[:, :first], registers, x[:, first:]), dim=1)  # (B, N, D)
+        return self.dropout(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """All blocks and the final norm (eq. 2-4): (B, N, D) -> (B, N, D)."""
         for block in self.blocks:
-            x = block(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.norm(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """What stands for the image: the class token, or the mean over patches: (B, N, D) -> (B, D)."""
-        return x[:, 0] if self.config.pool == "cls" else x.mean(dim=1)
+        """What stands for the image: the class token, or the mean over patches: (B, N, D) -> (B, features)."""
+        x = x[:, 0] if self.config.pool == "cls" else x[:, -self.config.patches :].mean(dim=1)
+        return x if self.representation is None else torch.tanh(self.representation(x))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.pool(self.encode(self.embed(images))))
@@ -163,16 +216,20 @@ class ViT(nn.Module):
         """Fills every parameter as the original release does (google-research/vision_transformer, models_vit.py).
 
         Linear layers: Xavier uniform (query, key and value each on their own), zero bias, MLP biases normal with
-        deviation 1e-6. Patch convolution: LeCun truncated normal, zero bias. Positions and class token: truncated
-        normal with deviation 0.02. Norms: one and zero. Head: zero, with the configured bias.
+        deviation 1e-6. Patch convolution and representation layer: LeCun truncated normal, zero bias. Positions, class
+        token and registers: truncated normal with deviation 0.02. Norms: one and zero. Head: zero, with the configured
+        bias. LayerScale: its configured value.
         """
-        projection = self.patch.projection
-        assert projection.bias is not None
-        _truncated_normal(projection.weight, 1 / math.sqrt(projection.weight[0].numel()), generator)
-        projection.bias.zero_()
-        _truncated_normal(self.positions, 0.02, generator)
-        if self.class_token is not None:
-            _truncated_normal(self.class_token, 0.02, generator)
+        for layer in (self.patch.projection, self.representation):
+            if layer is not None:
+                assert layer.bias is not None
+                _truncated_normal(layer.weight, 1 / math.sqrt(layer.weight[0].numel()), generator)
+                layer.bias.zero_()
+        if self.config.position_embedding == "sincos":
+            self.positions.copy_(sincos_positions(self.config))
+        for tokens in (self.positions, self.class_token, self.registers):
+            if isinstance(tokens, nn.Parameter):
+                _truncated_normal(tokens, 0.02, generator)
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.weight.fill_(1.0)
@@ -189,9 +246,28 @@ class ViT(nn.Module):
             for layer in (mlp.expand, mlp.contract):
                 assert layer.bias is not None
                 layer.bias.normal_(0.0, 1e-6, generator=generator)
+            for scale in (block.attention_scale, block.mlp_scale):
+                if scale is not None and self.config.layer_scale is not None:
+                    scale.fill_(self.config.layer_scale)
         assert self.head.bias is not None
         self.head.weight.zero_()
         self.head.bias.fill_(self.config.head_bias)
+
+
+def sincos_positions(config: ViTConfig) -> Tensor:
+    """Fixed positions of a grid (arXiv 2205.01580; its first users: MoCo v3, arXiv 2104.02057): (1, positions, D).
+
+    A quarter of the features each: sine and cosine of the column, sine and cosine of the row, at wavelengths that rise
+    geometrically up to 10,000. The class token's position is zero.
+    """
+    side, quarter = config.image_size // config.patch_size, config.width // 4
+    omega = 10_000.0 ** (-torch.arange(quarter) / (quarter - 1))  # (D/4,)
+    angles = torch.arange(side)[:, None] * omega  # (S/P, D/4)
+    columns, rows = angles.repeat(side, 1), angles.repeat_interleave(side, 0)  # (patches, D/4), row-major
+    table = torch.cat((columns.sin(), columns.cos(), rows.sin(), rows.cos()), dim=1)  # (patches, D)
+    if config.pool == "cls":
+        table = torch.cat((table.new_zeros(1, config.width), table))
+    return table[None]
 
 
 def _truncated_normal(tensor: Tensor, deviation: float, generator: torch.Generator | None) -> None:
@@ -210,7 +286,10 @@ def forward_flops(config: ViTConfig) -> int:
     n, d, f = config.tokens, config.width, config.mlp_dim
     block = 4 * n * d * d + 2 * n * d * f + 2 * n * n * d  # qkv and projection, MLP, scores and weighted sum
     patch = config.patches * config.channels * config.patch_size**2 * d
-    return 2 * (config.depth * block + patch + d * config.num_classes)
+    head = config.features * config.num_classes
+    if config.representation_size is not None:
+        head += d * config.features
+    return 2 * (config.depth * block + patch + head)
 
 
 def training_flops(config: ViTConfig) -> int:

@@ -17,7 +17,8 @@ def measured_peak(config, rows, folder):
     """Bytes that torch's CPU allocator held at most during one micro batch, beyond weights and gradients."""
     half = {"no": torch.float32, "bf16": torch.bfloat16}[config.engine.precision]
     zero = config.engine.zero_stage is not None
-    model = ViT(config.model)
+    engine = config.engine
+    model = ViT(config.model, fused=engine.fused, activation_checkpointing=engine.activation_checkpointing)
     model.init_weights()
     model = model.to(half) if zero else model
     for parameter in model.parameters():
@@ -51,6 +52,8 @@ def measured_peak(config, rows, folder):
         ["data.global_batch_size=64"],
         ["data.global_batch_size=64", "engine.precision=bf16"],
         ["data.global_batch_size=64", "engine.precision=bf16", "engine.zero_stage=2"],
+        ["data.global_batch_size=64", "engine.fused=false"],
+        ["data.global_batch_size=64", "engine.activation_checkpointing=true"],
         ["data.global_batch_size=8", "model.variant=Ti/16", "model.image_size=224"],
         ["data.global_batch_size=8", "model.variant=S/32", "model.image_size=224", "model.dropout=0.1"],
     ],

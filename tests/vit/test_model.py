@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from pipeline.weights import hf_config
 from vit.layers import GELU, Dropout, DropPath, LayerNorm, Linear, attention
 from vit.model import VARIANTS, ViT, ViTConfig, count_parameters, forward_flops, training_flops
+from vit.weights import from_layout, to_layout
 
 SMALL = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 3, "heads": 4, "mlp_dim": 96, "num_classes": 10}
 
@@ -17,12 +19,12 @@ def build(**fields):
     return model
 
 
-def randomize(model):
+def randomize(model, deviation=0.2):
     """Fills even what starts at zero, so that no layer hides behind another."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2, generator=generator)
+            parameter.normal_(0.0, deviation, generator=generator)
     return model.eval()
 
 
@@ -55,91 +57,96 @@ def hugging_face(model):
     from transformers import ViTConfig as HFConfig
     from transformers import ViTForImageClassification
 
-    c = model.config
-    reference = ViTForImageClassification(
-        HFConfig(
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            hidden_size=c.width,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.heads,
-            intermediate_size=c.mlp_dim,
-            layer_norm_eps=c.layer_norm_eps,
-            num_labels=c.num_classes,
-            qkv_bias=c.qkv_bias,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+    state = {name: t.clone() for name, t in to_layout(model.state_dict(), "hf", model.config).items()}
+    reference = ViTForImageClassification.from_pretrained(
+        None, config=HFConfig(**hf_config(model.config, [])), state_dict=state
     ).eval()
-    ours, theirs = model.state_dict(), {}
-    theirs["vit.embeddings.cls_token"] = ours["class_token"]
-    theirs["vit.embeddings.position_embeddings"] = ours["positions"]
-    for kind in ("weight", "bias"):
-        theirs[f"vit.embeddings.patch_embeddings.projection.{kind}"] = ours[f"patch.projection.{kind}"]
-        theirs[f"vit.layernorm.{kind}"] = ours[f"norm.{kind}"]
-        theirs[f"classifier.{kind}"] = ours[f"head.{kind}"]
-        for index in range(c.depth):
-            block = f"blocks.{index}."
-            if f"{block}attention.qkv.{kind}" in ours:
-                for part, tensor in zip("qkv", ours[f"{block}attention.qkv.{kind}"].chunk(3), strict=True):
-                    theirs[f"{index}.{part}.{kind}"] = tensor
-            theirs[f"{index}.out.{kind}"] = ours[f"{block}attention.projection.{kind}"]
-            theirs[f"{index}.norm1.{kind}"] = ours[f"{block}attention_norm.{kind}"]
-            theirs[f"{index}.norm2.{kind}"] = ours[f"{block}mlp_norm.{kind}"]
-            theirs[f"{index}.fc1.{kind}"] = ours[f"{block}mlp.expand.{kind}"]
-            theirs[f"{index}.fc2.{kind}"] = ours[f"{block}mlp.contract.{kind}"]
-    load_by_role(reference, theirs)
+    filled = from_layout(reference.state_dict(), model.state_dict(), model.config)
+    assert all(torch.equal(tensor, filled[name]) for name, tensor in model.state_dict().items())
     return reference
 
 
-ROLES = {
-    "q": ("query", "q_proj"),
-    "k": ("key", "k_proj"),
-    "v": ("value", "v_proj"),
-    "out": ("attention.output.dense", "o_proj", "attention.out_proj"),
-    "norm1": ("layernorm_before",),
-    "norm2": ("layernorm_after",),
-    "fc1": ("intermediate.dense", "mlp.fc1"),
-    "fc2": ("output.dense", "mlp.fc2"),
-}
+def assert_same_logits(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
-def load_by_role(reference, tensors):
-    """Copies by role: releases of transformers name the layers inside of a block differently."""
-    target = dict(reference.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name not in target:
-                index, role, kind = name.split(".")
-                names = [
-                    n
-                    for n in target
-                    if f".{index}." in n
-                    and any(n.endswith(f".{r}.{kind}") for r in ROLES[role])
-                    and (role != "fc2" or "attention" not in n)
-                ]
-                assert len(names) == 1, (name, names)
-                name = names[0]
-            target.pop(name).copy_(tensor)
-    assert not target, f"not set: {list(target)}"
+def sizes(*quick):
+    """All variants at 224 and 384; those not named run as integration tests."""
+    cases = [(variant, size) for variant in ("Ti/16", "S/16", "B/16", "L/16") for size in (224, 384)]
+    marks = {case: [] if case in quick else pytest.mark.integration for case in cases}
+    return pytest.mark.parametrize(("variant", "size"), [pytest.param(*c, marks=m) for c, m in marks.items()])
 
 
+@torch.no_grad()
+@sizes(("Ti/16", 224), ("Ti/16", 384), ("B/16", 224))
+def test_logits_equal_hugging_face(variant, size):
+    fields = ViTConfig.expand({"variant": variant, "image_size": size})
+    model = randomize(ViT(ViTConfig(**fields)), 0.03)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    expected = hugging_face(model)(images).logits
+    assert_same_logits(model(images), expected)
+    reference_path = ViT(ViTConfig(**fields), fused=False).eval()
+    reference_path.load_state_dict(model.state_dict(), assign=True)
+    assert_same_logits(reference_path(images), expected)
+
+
+@torch.no_grad()
+@sizes(("Ti/16", 224))
+def test_average_pooled_logits_equal_hugging_face(variant, size):
+    """Its layers without its class token: what it has no option for."""
+    fields = ViTConfig.expand({"variant": variant, "image_size": size})
+    with_token = randomize(ViT(ViTConfig(**fields)), 0.03)
+    model = ViT(ViTConfig(**fields, pool="avg")).eval()
+    state = {name: tensor for name, tensor in with_token.state_dict().items() if name != "class_token"}
+    model.load_state_dict({**state, "positions": state["positions"][:, 1:]})
+    reference = hugging_face(with_token)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    embeddings = reference.vit.embeddings
+    x = embeddings.patch_embeddings(images) + embeddings.position_embeddings[:, 1:]
+    for layer in reference.vit.layers:
+        x = layer(x)
+    assert_same_logits(model(images), reference.classifier(reference.vit.layernorm(x).mean(dim=1)))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_logits_equal_hugging_face(qkv_bias):
-    model = randomize(build(qkv_bias=qkv_bias))
+def test_representation_layer_equals_hugging_faces_pooler(qkv_bias):
+    from transformers import ViTConfig as HFConfig
+    from transformers import ViTModel
+
+    model = randomize(build(qkv_bias=qkv_bias, representation_size=48))
+    state = to_layout(model.state_dict(), "hf", model.config)
+    state = {name.removeprefix("vit."): tensor for name, tensor in state.items() if name.startswith("vit.")}
+    config = HFConfig(**hf_config(model.config, []))
+    reference = ViTModel.from_pretrained(None, config=config, state_dict=state).eval()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), hugging_face(model)(images).logits, rtol=1e-5, atol=1e-5)
+    assert_same_logits(model.pool(model.encode(model.embed(images))), reference(images).pooler_output)
 
 
-def test_vit_b16_logits_equal_hugging_face():
-    model = ViT(ViTConfig())
+@pytest.mark.integration
+def test_a_hundred_training_steps_have_the_losses_of_hugging_face():
+    model = ViT(ViTConfig(**ViTConfig.expand({"variant": "Ti/16"})))
     model.init_weights(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model.head.weight.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(1))
-        images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
-        model.eval()
-        torch.testing.assert_close(model(images), hugging_face(model)(images).logits, rtol=1e-5, atol=1e-5)
+    reference = hugging_face(model).train()
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(4, 8, 3, 224, 224, generator=generator)
+    labels = torch.randint(0, 1000, (4, 8), generator=generator)
+
+    def losses(network, logits):
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05)
+        found = []
+        for step in range(100):
+            loss = torch.nn.functional.cross_entropy(logits(images[step % 4]), labels[step % 4])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    ours = losses(model.train(), model)
+    assert ours[-1] < ours[0] - 1
+    assert ours == pytest.approx(losses(reference, lambda batch: reference(batch).logits), abs=1e-4)
 
 
 def test_layers_equal_torch_in_fp64():
@@ -180,13 +187,20 @@ def test_drop_path_drops_whole_images():
     assert {tuple(image.unique().tolist()) for image in y} == {(0.0,), (2.0,)}
 
 
+ALL_OPTIONS = {"registers": 4, "representation_size": 24, "layer_scale": 1e-4}
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "sincos"])
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_init_reaches_every_parameter(pool):
-    model = ViT(ViTConfig(**SMALL, pool=pool))
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, math.nan)
+def test_init_reaches_every_parameter(pool, position_embedding):
+    with torch.device("meta"):
+        model = ViT(ViTConfig(**SMALL, **ALL_OPTIONS, pool=pool, position_embedding=position_embedding))
+    model.to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        torch.nn.init.constant_(tensor, math.nan)
     model.init_weights(torch.Generator().manual_seed(0))
-    assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    assert [name for name, tensor in tensors.items() if not tensor.isfinite().all()] == []
 
 
 def test_init_has_the_published_statistics():

@@ -1,0 +1,147 @@
+"""Files of weights: read from any layout, written in a chosen one. What the layouts are stands in vit/weights.py."""
+
+import json
+import os
+import pickle
+import zipfile
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.errors import UserError
+from vit.model import ViT, ViTConfig
+from vit.weights import from_layout, to_layout
+
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder of Hugging Face's
+
+
+def find_checkpoint(path: str) -> str:
+    """A checkpoint's folder: `path` itself, or the newest whole one of the run in it."""
+    inside = os.path.join(path, "checkpoints")
+    return (checkpoint.latest(inside)[0] or path) if os.path.isdir(inside) else path
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors, .npz, a PyTorch file, a run, or a folder of ours or Hugging Face's.
+
+    Raises:
+        UserError: no such file, or none that can be read.
+    """
+    path = find_checkpoint(path)
+    if os.path.exists(os.path.join(path, "manifest.json")):
+        checkpoint.require(path)
+        return checkpoint.load(path, with_moments=False).weights
+    if os.path.isdir(path):
+        names = [name for name in FOLDER_FILES if os.path.exists(os.path.join(path, name))]
+        if not names:
+            raise UserError(f"{path}: holds none of {', '.join(FOLDER_FILES)}; name a file of weights")
+        path = os.path.join(path, names[0])
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        if path.endswith(".npz"):
+            with np.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file of weights") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds more than tensors, and code in it is not run; save its state dict alone"
+        ) from None
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: can't be read as weights: {str(error).splitlines()[0]}") from None
+    for key in ("state_dict", "model"):  # what training scripts wrap them in
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path}: expected a dictionary of tensors by name")
+    return loaded
+
+
+def fit_weights(model: ViT, path: str, new_head: bool) -> dict[str, Tensor]:
+    """A state dict for `model` from a file of any layout; positions of another grid are resized.
+
+    Raises:
+        UserError: not readable, or of another model; lists every tensor that does not fit.
+    """
+    state = read_weights(path)
+    try:
+        return from_layout(state, model.state_dict(), model.config, new_head=new_head)
+    except ValueError as error:
+        raise UserError(f"model.init_from={path}: {error}") from None
+
+
+def write_weights(weights: dict[str, Tensor], config: ViTConfig, layout: str, out: str, class_names: list[str]) -> None:
+    """Writes our weights in a layout: a .safetensors file, an .npz for jax, a folder for hf.
+
+    Raises:
+        UserError: the layout can't hold this model, or `out` can't be written.
+    """
+    if layout == "hf" and config.representation_size is not None:
+        raise UserError("--layout hf: ViTForImageClassification has no representation layer; use torchvision or native")
+    suffix = {"hf": "", "jax": ".npz"}.get(layout, ".safetensors")
+    if os.path.splitext(out)[1] != suffix:
+        raise UserError(f"--out {out}: for the layout {layout} name {'a folder' if not suffix else f'a {suffix} file'}")
+    try:
+        state = to_layout(weights, layout, config)
+        os.makedirs(out if layout == "hf" else os.path.dirname(out) or ".", exist_ok=True)
+        if layout == "jax":
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()}
+            np.savez(out, **arrays)
+        elif layout == "hf":
+            save_file(state, os.path.join(out, "model.safetensors"), {"format": "pt"})
+            for name, values in (
+                ("config", hf_config(config, class_names)),
+                ("preprocessor_config", hf_images(config)),
+            ):
+                with open(os.path.join(out, f"{name}.json"), "w") as file:
+                    json.dump(values, file, indent=2)
+        else:
+            save_file(state, out, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out}: can't be written: {error}; choose another path") from None
+    except ValueError as error:
+        raise UserError(f"--layout {layout}: {error}") from None
+
+
+def hf_config(config: ViTConfig, class_names: list[str]) -> dict[str, Any]:
+    """Hugging Face's description of this model."""
+    names = [*class_names, *(f"LABEL_{number}" for number in range(len(class_names), config.num_classes))]
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": "gelu",
+        "qkv_bias": config.qkv_bias,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def hf_images(config: ViTConfig) -> dict[str, Any]:
+    """How Hugging Face's image processor makes the pixels that the model was trained on."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * config.channels,
+        "image_std": [0.5] * config.channels,
+    }
