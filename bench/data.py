@@ -285,9 +285,10 @@ def rate(batches: Iterator[int], warm_up: int, seconds: float) -> tuple[float, f
     return result
 
 
-def throughput(folder: str, quick: bool) -> dict[str, Any]:
+def throughput(folder: str, quick: bool, only: list[str] | None) -> dict[str, Any]:
     data = write_data(folder, 128 if quick else 1024)
-    repeats, warm_up, seconds, counts = (1, 1, 0.5, (1,)) if quick else (5, 6, 2.5, (1, 2))
+    # Warm: all lanes have read their second window, and memory has been freed and used again.
+    repeats, warm_up, seconds, counts = (1, 1, 0.5, (1,)) if quick else (5, 2 * POOL // BATCH, 2.5, (1, 2))
     candidates: dict[str, Callable[..., Iterator[int]]] = {
         "(a) ours": ours, "(b) usual": peer, "(b) bilinear": peer_bilinear, "(c) limit": limit,
     }  # fmt: skip
@@ -299,6 +300,7 @@ def throughput(folder: str, quick: bool) -> dict[str, Any]:
         candidates["(d) DALI, CPU"] = dali
     else:
         print("DALI is not installed")
+    candidates = {name: run for name, run in candidates.items() if only is None or name in ("(b) usual", *only)}
     source = "own steps on PIL" if isinstance(torchvision_crop(Image.BICUBIC, False), PeerCrop) else "torchvision"
     print(f"the usual pipeline's transforms: {source}")
 
@@ -325,7 +327,7 @@ def throughput(folder: str, quick: bool) -> dict[str, Any]:
             f"{shards:10}{workers:8}  {name:26}{per_cpu:10.0f}{per_second:8.0f}{per_cpu / same:7.2f}x"
             f"{per_cpu / first:20.2f}x"
         )
-    for shards in data:
+    for shards in data if only is None or {"(a) ours", "(c) limit"} <= set(only) else ():
         share = medians[shards, 1, "(a) ours"][0] / medians[shards, 1, "(c) limit"][0]
         print(f"(a) / (c) on {shards}, one worker: {share:.2f}")
     return {"transforms": source, "rows": rows}
@@ -376,12 +378,16 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="time to the first batch after a resume")
     parser.add_argument("--memory", action="store_true", help="memory of the workers over three epochs")
     parser.add_argument("--quick", action="store_true", help="little data, one round: shows that it runs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help='of the throughput, such as "(a) ours" "(c) limit"')
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    measure = resume if words.resume else memory if words.memory else throughput
     with tempfile.TemporaryDirectory() as folder:
-        found = {"cores": os.cpu_count(), "torch": torch.__version__, **measure(folder, words.quick)}
+        if words.resume or words.memory:
+            measured = (resume if words.resume else memory)(folder, words.quick)
+        else:
+            measured = throughput(folder, words.quick, words.only)
+    found = {"cores": os.cpu_count(), "torch": torch.__version__, **measured}
     if words.json:
         with open(words.json, "w") as file:
             json.dump(found, file, indent=1)
