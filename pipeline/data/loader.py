@@ -23,6 +23,8 @@ from pipeline.errors import UserError
 from pipeline.options import option
 from pipeline.runtime import Ranks, ignore_signals
 
+PREFETCH = 4  # batches that a worker is ahead
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -255,7 +257,7 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_start_worker,
         )

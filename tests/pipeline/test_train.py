@@ -219,7 +219,7 @@ def test_a_tar_without_images_is_refused_with_its_sample(tmp_path):
 
 
 COMMANDS = [
-    ["pipeline/train.py"], ["-m", "pipeline.evaluate"], ["-m", "pipeline.shards"],
+    ["pipeline/train.py"], ["-m", "pipeline.evaluate"], ["-m", "pipeline.shards"], ["-m", "pipeline.preflight"],
     *(["-m", "pipeline.shards", command] for command in ("digits", "index", "verify")),
 ]  # fmt: skip
 
