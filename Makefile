@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: pretrain test check test-integration clean
+.PHONY: pretrain test check test-integration test-container clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
@@ -15,9 +15,15 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck -x $(wildcard .ci/run launch/*.sh launch/*.slurm tests/*/*.sh)
+	$(BIN)/yamllint .pre-commit-config.yaml configs docker launch
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
 	$(BIN)/pytest -m integration
+
+test-container:  ## docker/Dockerfile: build, run and test it; needs docker, podman, or root on Debian
+	tests/container/run.sh
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

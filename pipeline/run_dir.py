@@ -96,18 +96,22 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def manifest(devices: list[str]) -> dict[str, Any]:
+def package_versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def manifest(devices: list[str]) -> dict[str, Any]:
     return {
         "command": [sys.executable, *sys.argv],
         "git": git_revision(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": package_versions(),
         "world_size": len(devices),
         "devices": devices,
         "started": now(),

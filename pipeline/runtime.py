@@ -71,6 +71,31 @@ def export_ranks(ranks: Ranks, environ: Any) -> None:
         environ["MASTER_PORT"] = str(20000 + int(job) % 20000 if job else free_port())
 
 
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks find each other."""
+
+    address: str
+    port: int
+    hosted: bool  # the launcher listens there already
+    name: str  # of this start: keys of an earlier one must not be taken for ours
+
+
+def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
+    """Reads what a launcher or `export_ranks` has set.
+
+    Raises:
+        UserError: MASTER_PORT is no port.
+    """
+    port = environ["MASTER_PORT"]
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"environment variable MASTER_PORT: expected a port, 1 to 65535, found {port!r}")
+    hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Rendezvous(
+        environ["MASTER_ADDR"], int(port), hosted, f"meeting/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    )
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

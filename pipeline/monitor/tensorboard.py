@@ -1,4 +1,4 @@
-"""TensorBoard: the scalars in groups, a grid of inputs, the config as text."""
+"""TensorBoard: the scalars in groups, a page of those that matter most, a grid of inputs, the config as text."""
 
 import os
 from dataclasses import dataclass
@@ -8,6 +8,23 @@ from torch import Tensor
 from pipeline.monitor.sink import Sink
 
 GROUPS = {"images_per_second": "speed", "data_wait_fraction": "speed", "mfu": "speed"}
+
+# The page "Custom Scalars": what to look at first. Each chart names the tags that it draws together.
+LAYOUT = {
+    "Is it learning?": {
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "accuracy": ["Multiline", ["train/top1", "val/top1"]],
+    },
+    "Is it fast?": {
+        "images per second": ["Multiline", ["speed/images_per_second"]],
+        "shares: waiting for data, peak FLOP/s (MFU)": ["Multiline", ["speed/data_wait_fraction", "speed/mfu"]],
+    },
+    "Is it healthy?": {
+        "norm of the gradient": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/learning_rate"]],
+        "bad samples (empty: none)": ["Multiline", ["train/bad_samples"]],
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +38,7 @@ class TensorBoard(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(path, purge_step=start_step + 1 if start_step else None)
+        self.writer.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -234,8 +234,9 @@ def test_a_tar_without_images_is_refused_with_its_sample(tmp_path):
 
 
 COMMANDS = [
-    ["pipeline/train.py"], ["-m", "pipeline.evaluate"], ["-m", "pipeline.checkpoint"], ["-m", "pipeline.shards"],
-    *(["-m", "pipeline.shards", command] for command in ("digits", "index", "verify", "audit")),
+    ["pipeline/train.py"],
+    *(["-m", f"pipeline.{name}"] for name in ("evaluate", "checkpoint", "export", "preflight", "shards")),
+    *(["-m", "pipeline.shards", command] for command in ("digits", "write", "index", "verify", "audit")),
 ]  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+"""Where ranks find each other before anything that could hang: a key-value store whose every wait has an end."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from pipeline.errors import PeerLost, UserError
+from pipeline.runtime import Rendezvous
+
+
+class Meeting:
+    """Rank 0 hosts the store, unless the launcher does. All times are in seconds."""
+
+    def __init__(self, rank: int, world_size: int, place: Rendezvous, timeout: float):
+        """Raises UserError where rank 0 can't listen at the address, or where nobody answers there."""
+        from torch.distributed import DistError, PrefixStore, TCPStore
+
+        self.rank, self.world_size, self.timeout, self.errors = rank, world_size, timeout, DistError
+        hosts = rank == 0 and not place.hosted
+        try:
+            store = TCPStore(
+                place.address, place.port, is_master=hosts, timeout=timedelta(seconds=timeout), wait_for_workers=False
+            )
+        except DistError as error:
+            where = f"MASTER_ADDR={place.address} MASTER_PORT={place.port}"
+            if hosts and "EADDRINUSE" in str(error):
+                raise UserError(
+                    f"{where}: another program listens on this port; end it, or set another MASTER_PORT"
+                ) from None
+            raise UserError(
+                f"{where}: no answer from rank 0 within {timeout:g} s; start rank 0, check that the name leads to its"
+                " node, and that the port is free there and open between the nodes"
+            ) from None
+        self.seen: set[int] = set()
+        self.store = PrefixStore(place.name, store)
+
+    def tell(self, name: str, value: Any) -> None:
+        """Raises PeerLost where the store is gone, as all methods but `collect` do."""
+        with self._peers():
+            self.store.set(f"{name}/{self.rank}", json.dumps(value))
+
+    def collect(self, name: str, ranks: Iterable[int] | None = None, timeout: float | None = None) -> dict[int, Any]:
+        """What ranks have told under this name, of those that did so in time."""
+        end, told = time.monotonic() + (self.timeout if timeout is None else timeout), {}
+        for rank in range(self.world_size) if ranks is None else ranks:
+            key = f"{name}/{rank}"
+            with contextlib.suppress(self.errors):
+                left = end - time.monotonic()
+                if left > 0:
+                    self.store.wait([key], timedelta(seconds=left))
+                if self.store.check([key]):
+                    told[rank] = json.loads(self.store.get(key))
+                    self.seen.add(rank)
+        return told
+
+    def answer(self, name: str, value: Any) -> None:
+        """What rank 0 says to what all have told."""
+        with self._peers():
+            self.store.set(f"{name}/answer", json.dumps(value))
+
+    def hear(self, name: str) -> Any:
+        """Waits for rank 0's answer, which itself waits for all ranks."""
+        with self._peers():
+            self.store.wait([f"{name}/answer"], timedelta(seconds=2 * self.timeout + 5))
+            return json.loads(self.store.get(f"{name}/answer"))
+
+    def leave(self) -> None:
+        """Rank 0 leaves last, since the store ends with it."""
+        with contextlib.suppress(PeerLost):
+            self.tell("left", True)
+        if self.rank == 0:
+            self.collect("left", self.seen, timeout=2.0)
+
+    @contextlib.contextmanager
+    def _peers(self) -> Iterator[None]:
+        try:
+            yield
+        except self.errors:
+            raise PeerLost("no word from rank 0; its own message says why") from None

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# Builds docker/Dockerfile and tries it: a short run on the digits as a user who is not root, its health, its tests.
+#
+# It takes docker if its daemon answers, else podman; as root on Debian it installs podman if there is neither.
+# BASE_IMAGE names a base with python3 and pip. By default it is python:3.12-slim; where no registry can be reached, a
+# Debian that mmdebstrap makes and that is kept in ${TMPDIR:-/tmp}/vit-pretrain-base. podman gets pip's configuration and
+# the certificates of this machine as read-only mounts, while it builds only.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+work=$(mktemp -d)
+image=vit-pretrain-test-$$
+context=$work/context
+say() { printf '\n== %s\n' "$*"; }
+fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
+
+install_packages() {
+  if [[ $(id -u) != 0 ]] || ! command -v apt-get > /dev/null; then fail "needs docker or podman; install one of them"; fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" > /dev/null
+}
+
+choose_engine() {
+  if command -v docker > /dev/null && timeout 20 docker info > /dev/null 2>&1; then
+    engine=(docker)
+    return
+  fi
+  command -v podman > /dev/null || install_packages podman runc
+  engine=(podman)
+  # As root, in a storage of its own that goes at the end; runc works with every layout of control groups.
+  if [[ $(id -u) == 0 ]]; then
+    engine+=(--root "$work/storage" --runroot "$work/run" --storage-driver overlay --events-backend file)
+    engine+=(--cgroup-manager cgroupfs)
+    if command -v runc > /dev/null; then engine+=(--runtime runc); fi
+  fi
+}
+
+clean_up() {
+  "${engine[@]:-true}" rm -f "$image" > /dev/null 2>&1 || true
+  for tag in "$image" "$image-tests" "$image-base"; do
+    "${engine[@]:-true}" rmi -f "$tag" > /dev/null 2>&1 || true
+  done
+  if [[ -d $work/storage ]]; then "${engine[@]}" system reset --force > /dev/null 2>&1 || true; fi
+  rm -rf "$work"
+}
+trap clean_up EXIT
+
+choose_base() {
+  base=${BASE_IMAGE:-docker.io/library/python:3.12-slim}
+  if timeout 120 "${engine[@]}" pull -q "$base" > /dev/null 2>&1; then return; fi
+  [[ -z ${BASE_IMAGE:-} ]] || fail "can't pull BASE_IMAGE=$BASE_IMAGE"
+  local cache=${TMPDIR:-/tmp}/vit-pretrain-base
+  mkdir -p "$cache"
+  if [[ ! -s $cache/base.tar ]]; then
+    command -v mmdebstrap > /dev/null || install_packages mmdebstrap
+    say "no registry: a base from Debian's packages"
+    mmdebstrap --quiet --variant=minbase --include=python3,python3-pip,ca-certificates bookworm "$cache/part.tar"
+    mv "$cache/part.tar" "$cache/base.tar"
+  fi
+  base=localhost/$image-base
+  "${engine[@]}" import -q "$cache/base.tar" "$base" > /dev/null
+}
+
+# What pip needs on this machine, for podman: its configuration as one file, and each path that this names, read-only.
+find_mounts() {
+  mounts=()
+  [[ ${engine[0]} == podman ]] || return 0
+  local path
+  while read -r path; do mounts+=(-v "$path:$path:ro"); done < <(python3 - "$work/pip.conf" << 'PYTHON'
+import os, re, subprocess, sys
+
+listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+options = {}
+for key, text in re.findall(r"^(?:global|install|:env:)\.([a-z-]+)='(.*)'$", listed, re.MULTILINE):
+    options.setdefault(key, []).extend(word for word in text.split() if word not in options.get(key, []))
+with open(sys.argv[1], "w") as file:
+    print("[global]", *(f"{key} = {' '.join(words)}" for key, words in options.items()), sep="\n", file=file)
+for word in sorted({word for words in options.values() for word in words}):
+    path = os.path.dirname(word.removeprefix("file://")) if word.startswith("file://") else word
+    if path.startswith("/") and os.path.exists(path):
+        print(path)
+PYTHON
+  )
+  mounts+=(-v "$work/pip.conf:/etc/pip.conf:ro")
+}
+
+build() {  # build TARGET TAG
+  local options=(--build-arg "BASE_IMAGE=$base" --target "$1" -t "$2" -f "$context/docker/Dockerfile")
+  if [[ ${engine[0]} == podman ]]; then options+=(--layers --pull=never --format docker --network host "${mounts[@]}"); fi
+  "${engine[@]}" build "${options[@]}" "$context" > "$work/build.log" 2>&1 || { tail -30 "$work/build.log"; fail "build of $1"; }
+}
+
+start() { "${engine[@]}" run --pull never --network none --ulimit nofile=4096:4096 --ulimit nproc=4096:4096 "$@"; }
+
+choose_engine
+choose_base
+find_mounts
+mkdir "$context"
+tar -c --exclude=__pycache__ pyproject.toml constraints.txt .dockerignore vit pipeline configs launch docker tests | tar -x -C "$context"
+
+say "build with ${engine[0]} from $base"
+SECONDS=0
+build trainer "$image"
+echo "$SECONDS s"
+
+say "build again after an edit of the source"
+echo "# edited" >> "$context/pipeline/trainer.py"
+SECONDS=0
+build trainer "$image"
+echo "$SECONDS s"
+((SECONDS < 60)) || fail "an edit of the source must not install the packages again"
+
+say "healthy before a run; not root"
+start --rm --no-healthcheck --entrypoint python3 "$image" docker/health.py || fail "health before a run"
+user=$(start --rm --no-healthcheck --entrypoint id "$image" -u)
+[[ $user == 10001 ]] || fail "the user is $user, expected 10001"
+if start --rm --no-healthcheck --entrypoint touch "$image" pipeline/x 2> /dev/null; then fail "the user can change the code"; fi
+
+say "a run on the digits"
+start -d --name "$image" --health-interval disable --shm-size 512m "$image" \
+  run.epochs=null run.steps=100000 run.log_every_steps=5 checkpoint.every_steps=20 monitor='[jsonl]' \
+  > "$work/start.log" 2>&1 || fail "$(cat "$work/start.log")"  # podman without systemd complains of the health timer
+for ((second = 0; ; second++)); do
+  if "${engine[@]}" exec "$image" sh -c 'ls runs/digits/checkpoints/step-*/manifest.json' > /dev/null 2>&1; then break; fi
+  ((second < 180)) || { "${engine[@]}" logs "$image" | tail; fail "no checkpoint within 180 s"; }
+  sleep 1
+done
+if [[ ${engine[0]} == podman ]]; then
+  "${engine[@]}" healthcheck run "$image" || fail "the health check of the image"
+else
+  "${engine[@]}" exec "$image" python3 docker/health.py || fail "health of a run"
+fi
+"${engine[@]}" exec -e HEALTH_SECONDS=0 "$image" python3 docker/health.py > /dev/null 2>&1 && fail "a silent run must be unhealthy"
+"${engine[@]}" stop -t 60 "$image" > "$work/stop.log" 2>&1
+code=$("${engine[@]}" inspect --format '{{.State.ExitCode}}' "$image")
+"${engine[@]}" logs "$image" 2>&1 | grep 'saved: start me again'
+[[ $code == 0 ]] || fail "exit code $code after a stop, expected 0 with a checkpoint saved"
+
+say "tests inside of the image"
+build test "$image-tests"
+start --rm --no-healthcheck --shm-size 512m "$image-tests" tests/pipeline/test_order.py tests/pipeline/test_stream.py \
+  tests/pipeline/test_config.py
+say "the container works"
