@@ -11,7 +11,6 @@ import time
 import pytest
 
 from tests.conftest import ROOT, data, environment, free_port
-from tests.pipeline.test_train import small_disk  # noqa: F401
 
 NAMESPACES = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode == 0
 needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="another host name on this machine needs root")
@@ -138,7 +137,8 @@ def test_a_port_that_another_program_has_is_named(digits, tmp_path):
     assert f"rank 1 on {socket.gethostname()}: it hangs: no end within 11 s; a program other than rank 0" in errors
 
 
-def test_a_missing_index_a_wrong_batch_a_silent_server_and_a_full_disk_are_found_together(digits, small_disk):  # noqa: F811
+def test_a_missing_index_a_wrong_batch_a_silent_server_and_a_full_disk_are_found_together(digits, small_disk):
+    (small_disk / "filler").write_bytes(bytes(10_000_000))
     folder = small_disk.parent / "data"
     shutil.copytree(digits, folder)
     (folder / "index.json").unlink()
@@ -158,7 +158,7 @@ def test_a_missing_index_a_wrong_batch_a_silent_server_and_a_full_disk_are_found
 
 
 @pytest.mark.integration
-def test_a_run_directory_that_cannot_be_written_is_named(digits, small_disk):  # noqa: F811
+def test_a_run_directory_that_cannot_be_written_is_named(digits, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     codes, checks, _ = Job(*data(digits), f"run.dir={small_disk / 'run'}").start(0).end()
     assert codes == [1]
