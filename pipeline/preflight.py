@@ -80,7 +80,15 @@ class TimeLimit:
     def _end(self, name: str, fix: str) -> None:
         from pipeline.audit import Finding
 
-        self.report.add([Finding(name, False, f"{self.who}: it hangs: no end within {self.seconds:g} s; {fix}")])
+        self.report.add(
+            [
+                Finding(
+                    name,
+                    False,
+                    f"{self.who}: it hangs: no end within {self.seconds:g} s; {fix}, or raise --timeout-seconds",
+                )
+            ]
+        )
         self.report.end()
         cleaner = threading.Thread(target=self.cleanup, daemon=True)  # which may hang as well
         cleaner.start()

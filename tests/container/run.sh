@@ -110,11 +110,21 @@ build trainer "$image"
 echo "$SECONDS s"
 ((SECONDS < 60)) || fail "an edit of the source must not install the packages again"
 
+say "preflight"
+start --rm --no-healthcheck --shm-size 512m --entrypoint python3 "$image" -m pipeline.preflight || fail "preflight"
+
 say "healthy before a run; not root"
 start --rm --no-healthcheck --entrypoint python3 "$image" docker/health.py || fail "health before a run"
 user=$(start --rm --no-healthcheck --entrypoint id "$image" -u)
 [[ $user == 10001 ]] || fail "the user is $user, expected 10001"
 if start --rm --no-healthcheck --entrypoint touch "$image" pipeline/x 2> /dev/null; then fail "the user can change the code"; fi
+
+say "any user, with folders of their own"
+mkdir -m 777 "$work/data" "$work/runs"
+start --rm --no-healthcheck --user 4321:4321 -v "$work/data:/app/data" -v "$work/runs:/app/runs" "$image" \
+  run.epochs=null run.steps=2 monitor='[jsonl]' engine.zero_stage=1 > "$work/any.log" 2>&1 \
+  || { tail "$work/any.log"; fail "a run as any user"; }
+[[ -e $work/runs/digits/checkpoints/step-00000002/manifest.json ]] || fail "no checkpoint in a mounted folder"
 
 say "a run on the digits"
 start -d --name "$image" --health-interval disable --shm-size 512m "$image" \
