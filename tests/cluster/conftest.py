@@ -1,9 +1,9 @@
 """A cluster for the session, and a copy of the project, with spaces in its path, that jobs run from."""
 
+import json
 import re
 import shutil
 import sys
-import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +46,7 @@ class Run:
         (self.tree / "launch/site.env").write_text("".join(f"{k}='{v}'\n" for k, v in settings.items()))
 
     def submit(self, *options: str, words: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> str:
-        """`sbatch OPTIONS launch/pretrain.slurm WORDS` from another folder than the project's. Returns the job's number."""
+        """`sbatch OPTIONS launch/pretrain.slurm WORDS` from a folder elsewhere. Returns the job's number."""
         command = ["sbatch", "--nodes=2", f"--output={self.output}", *options, f"{self.tree}/launch/pretrain.slurm"]
         command += ["--config", "configs/digits.yaml", *words, f"run.dir={self.path}"]
         text = self.cluster.run(*command, cwd=self.folder, environ=environ)
@@ -75,9 +75,10 @@ class Run:
 
     def losses(self) -> dict[int, float]:
         try:
-            lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+            whole, _, _ = (self.path / "metrics.jsonl").read_text().rpartition("\n")
         except FileNotFoundError:
             return {}
+        lines = [json.loads(line) for line in whole.splitlines()]
         return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
     def metric(self, name: str) -> float:
