@@ -14,7 +14,8 @@ if [[ $NETWORK_INTERFACE ]]; then export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE; 
 is_host=$([[ $address == "$HEAD" ]] && echo true || echo false)
 
 # Both launchers are torch's elastic agent, and take from PET_* what has no option in `accelerate launch`.
-export PET_LOCAL_ADDR=$address PET_RDZV_ID=$RUN_ID OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PET_LOCAL_ADDR=$address PET_RDZV_ID=$RUN_ID PET_RDZV_ENDPOINT=$HEAD:$PORT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [[ ${RANKS_GET_SIGNALS:-} == yes ]]; then # Slurm signals all processes of a step: a launcher would end its ranks
     trap '' TERM USR1
     export PET_SIGNALS_TO_HANDLE=SIGHUP
@@ -30,6 +31,6 @@ if [[ $LAUNCHER == accelerate ]]; then
     fi
 else
     words=(-m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$NODE_RESTARTS"
-        --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-conf "is_host=$is_host" --tee 3 --log-dir "$LOGS")
+        --rdzv-backend c10d --rdzv-conf "is_host=$is_host" --tee 3 --log-dir "$LOGS")
 fi
 exec "$PYTHON" "${words[@]}" pipeline/train.py "$@"

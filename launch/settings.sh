@@ -11,3 +11,15 @@ CONTAINER=()
 # shellcheck source=launch/site.env.example
 if [[ -f launch/site.env ]]; then source launch/site.env; fi
 export PYTHON LAUNCHER NETWORK_INTERFACE
+
+ranks_here() { # one for each GPU, or one
+    local gpus
+    if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    else
+        gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+    fi || true
+    echo "${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+}
+
+help_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; } # the comment at the head of a script
