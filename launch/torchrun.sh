@@ -60,7 +60,7 @@ if [[ -z $NODES || -z $head ]]; then
     help_of "$0" >&2
     exit 2
 fi
-HEAD=$(getent ahostsv4 "$head" | sed -n '/^127\./d;s/ .*//p;q')
+HEAD=$(getent ahostsv4 "$head" | sed -n '/^127\./d;s/ .*//p;q') || true
 if [[ -z $HEAD ]]; then
     echo "--head $head: the name has no address that other machines reach; name an address" >&2
     exit 2

@@ -3,6 +3,7 @@
 Imports torch only where it is used, so that signals are caught from the first moment of a process.
 """
 
+import datetime
 import os
 import signal
 import socket
@@ -128,11 +129,12 @@ class Vote:
     the answer of all, a step later, when it has long arrived. So all stop before the same step.
     """
 
-    def __init__(self, stop: StopSignal, world_size: int):
+    def __init__(self, stop: StopSignal, world_size: int, timeout_seconds: int):
         import torch.distributed as dist
 
         self.stop = stop
-        self.group = dist.new_group(backend="gloo") if world_size > 1 else None
+        timeout = datetime.timedelta(seconds=timeout_seconds)  # a group's own default, unlike the first group's
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
         self.pending: Any = None
 
     def start(self, valid_rows: int) -> None:

@@ -215,6 +215,16 @@ def wait_for(true, seconds: float, what: str):
     return found
 
 
+def ranks_of(run, script: str = "pipeline/train.py") -> list[psutil.Process]:
+    """The processes of a run that run a script, without those that they have started."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"run.dir={run.path}" in words and any(word.endswith(script) for word in words[:3]):
+            found[process.pid] = process
+    return [process for process in found.values() if process.ppid() not in found]
+
+
 def copy_tree(root: Path, tree: Path) -> None:
     for name in ("configs", "launch", "pipeline", "vit"):
         shutil.copytree(root / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))

@@ -1,12 +1,10 @@
 """`sbatch launch/pretrain.slurm` on a real Slurm cluster: from start to accuracy, and through all that ends a job."""
 
-import subprocess
 import time
 
-import psutil
 import pytest
 
-from tests.cluster.cluster import NODES, wait_for
+from tests.cluster.cluster import ranks_of, wait_for
 from tests.cluster.conftest import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -88,16 +86,6 @@ def test_a_cancelled_job_saves_and_stays_cancelled(run):
     assert run.cluster.job(job)["Restarts"] == "0"
 
 
-def ranks_of(run):
-    """The training processes of a run, without their launchers and data workers."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if f"run.dir={run.path}" in words and "pipeline/train.py" in words[:3]:
-            found[process.pid] = process
-    return [process for process in found.values() if process.ppid() not in found]
-
-
 def test_a_killed_worker_ends_the_job_in_seconds(run):
     run.site(MAX_RESTARTS=0)
     job = run.submit(words=(*SMALL, "run.steps=100000"))
@@ -144,6 +132,7 @@ def test_a_node_that_loses_power_is_done_without(run, whole):
         pytest.skip("needs namespaces: root, and a system that allows them")
     job = run.submit("--nodes=1-2", words=(*SMALL, "checkpoint.every_steps=25"))
     run.wait_for_step(60)
+    assert run.cluster.job(job)["NumNodes"] == "2"
     run.cluster.power_off("n2")
     try:
         run.wait(job, "COMPLETED", 240)
@@ -156,13 +145,18 @@ def test_a_node_that_loses_power_is_done_without(run, whole):
 
 
 def test_each_task_of_an_array_has_a_run_of_its_own_without_the_environment_of_sbatch(run):
-    words = (*SMALL, "run.steps=8", "run.seed=%a")
-    job = run.submit("--nodes=1", "--array=3-4", "--export=NONE", words=words, environ={"PYTHONPATH": "/nowhere"})
-    wait_for(lambda: not run.cluster.run("squeue", "-h", "-j", job), 180, f"end of the array; {run.said()}")
-    configs = [run.path.with_name(f"run-{task}") / "config.yaml" for task in (3, 4)]
-    assert ["seed: 3" in configs[0].read_text(), "seed: 4" in configs[1].read_text()] == [True, True]
-    for config in configs:
-        assert '"finished"' in config.with_name("exit.json").read_text()
+    options = ("--nodes=1", "--array=3-4", "--export=NONE")
+    job = run.submit(*options, words=(*SMALL, "run.seed=%a"), environ={"PYTHONPATH": "/nowhere"})
+    tasks = [Run(run.cluster, run.tree, run.folder) for _ in range(2)]
+    for number, task in zip((3, 4), tasks, strict=True):
+        task.path = run.path.with_name(f"run-{number}")
+    tasks[1].wait_for_step(20)
+    run.cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_4")  # its requeue leaves the other one alone
+    for number, task in zip((3, 4), tasks, strict=True):
+        task.wait(f"{job}_{number}", "COMPLETED")
+        assert task.ended()["status"] == "finished"
+        assert f"seed: {number}" in (task.path / "config.yaml").read_text()
+        assert run.cluster.job(f"{job}_{number}")["Restarts"] == str(number - 3)
 
 
 def test_a_head_node_without_a_name_is_found_by_its_address(run):
