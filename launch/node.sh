@@ -33,4 +33,19 @@ else
     words=(-m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$NODE_RESTARTS"
         --rdzv-backend c10d --rdzv-conf "is_host=$is_host" --tee 3 --log-dir "$LOGS")
 fi
+
+# The launcher asks the head for news without a limit of time, and where the network is gone would outlive its ranks.
+watch() { # watch PID: ends it when its ranks, its children, have been gone for too long (a restart waits for others)
+    local limit=$((NODE_RESTARTS ? 660 : 60)) ranks_seen='' idle=0 children
+    while sleep 1 && [[ -d /proc/$1 ]]; do
+        read -ra children <<<"$(cat "/proc/$1/task/"*/children 2>/dev/null || true)"
+        if ((${#children[@]} > 1)); then # one is this loop
+            ranks_seen=yes idle=0
+        elif [[ $ranks_seen ]] && ((++idle > limit)); then
+            echo "$HOSTNAME: the ranks ended $limit s ago and the launcher hangs: ending it (is the network up?)" >&2
+            kill -KILL "$1"
+        fi
+    done
+}
+watch $$ &
 exec "$PYTHON" "${words[@]}" pipeline/train.py "$@"

@@ -7,7 +7,7 @@
 #       on every machine: waits at HOST, which is one of them, for the others.
 #
 #   --nodes MIN:MAX     go on with at least MIN machines when some are lost (wants --max-restarts)
-#   --max-restarts N    start the ranks again after a failure, from the newest checkpoint, up to N times (0)
+#   --max-restarts N    start the ranks again after a failure, from the newest checkpoint; one failure may cost two (0)
 #   --port P            of the rendezvous on the head (29400)
 #
 # All machines see the repository, the data and the run directory under the same paths. Relative paths start at the

@@ -73,7 +73,7 @@ class Machines:
         # The first process of the space waits for the end of its standard input, which is ours.
         outer = ["unshare", "--net", *SPACES, "bash", "-c", "read -r _"]
         self.outer = subprocess.Popen(outer, stdin=subprocess.PIPE, text=True)
-        self.prefix: list[str] = []
+        self.started: list[subprocess.Popen] = []
         wait_for(lambda: psutil.Process(self.outer.pid).children(), 30, "namespaces")
         inner = psutil.Process(self.outer.pid).children()[0]
         wait_for(lambda: inner.name() == "bash", 30, "namespaces")
@@ -97,13 +97,21 @@ class Machines:
         space = ["nsenter", f"--net=/run/netns/{node}", "unshare", *SPACES]
         return [*self.prefix, *space, "bash", "-c", mine, "node"]
 
+    def start(self, node: str | None, *command, **options) -> subprocess.Popen:
+        """Starts a command on a node, or on "ctl"."""
+        where = self.on(node) if node else self.prefix
+        process = subprocess.Popen([*where, *command], stdin=subprocess.DEVNULL, **options)
+        self.started.append(process)
+        return process
+
     def link(self, node: str, state: str) -> None:
         subprocess.run([*self.prefix, "ip", "link", "set", f"v{node}", state], check=True)
 
     def close(self) -> None:
         assert self.outer.stdin is not None
         self.outer.stdin.close()
-        self.outer.wait(30)
+        for process in [self.outer, *self.started]:
+            process.wait(30)
 
 
 def power_off(process: subprocess.Popen) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.cluster.cluster import NODES, Machines, can_isolate, ranks_of, wait_for
+from tests.cluster.cluster import NODES, Machines, can_isolate, power_off, ranks_of, wait_for
 from tests.cluster.conftest import Run
 from tests.cluster.test_slurm import SMALL
 
@@ -44,7 +44,7 @@ def ssh(machines):
     prepare = f"mkdir -p /run/sshd; mount --bind '{folder}/ssh.conf' /etc/ssh/ssh_config"
     subprocess.run([*machines.prefix, "bash", "-ec", prepare], check=True)
     for node in NODES:
-        subprocess.Popen([*machines.on(node), sshd, "-D", "-e", "-f", folder / "sshd.conf"])
+        machines.start(node, sshd, "-D", "-e", "-f", folder / "sshd.conf", stderr=subprocess.DEVNULL)
     reached = [*machines.prefix, "ssh", "n2", "hostname"]
     wait_for(lambda: subprocess.run(reached, capture_output=True, text=True).stdout == "n2\n", 30, "sshd")
 
@@ -54,20 +54,29 @@ def run(tree, tmp_path):
     return Run(None, tree, tmp_path)
 
 
-def launch(run, prefix, *words):
-    """Starts launch/torchrun.sh behind a prefix that says where; its output goes to a file."""
-    command = [*prefix, f"{run.tree}/launch/torchrun.sh", *words, f"run.dir={run.path}"]
-    with open(run.output, "a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+@pytest.fixture
+def launch(run, machines):
+    """Starts launch/torchrun.sh on a node (None: on a third machine); what still runs at the end of the test goes."""
+    started = []
+
+    def start(node, *words):
+        with open(run.output, "a") as output:
+            words = (f"{run.tree}/launch/torchrun.sh", *words, f"run.dir={run.path}")
+            started.append(machines.start(node, *words, stdout=output, stderr=output))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            power_off(process)
 
 
-def on_each_host(run, machines, *words):
-    options = ("--nodes", "2", "--head", "n1")
-    return [launch(run, machines.on(node), *options, *words) for node in NODES]
+def on_each_host(launch, *words):
+    return [launch(node, "--nodes", "2", "--head", "n1", *words) for node in NODES]
 
 
-def test_two_hosts_over_ssh_reach_97_percent(run, machines, ssh):
-    process = launch(run, machines.prefix, "--hosts", "n1,n2")
+def test_two_hosts_over_ssh_reach_97_percent(run, launch, ssh):
+    process = launch(None, "--hosts", "n1,n2")
     assert process.wait(400) == 0, run.said()
     assert run.metric("val/top1") >= 0.97
     assert re.search(r"^n1: .*finished after step 899 of 899", run.said(), re.M)
@@ -76,8 +85,8 @@ def test_two_hosts_over_ssh_reach_97_percent(run, machines, ssh):
     assert '"n2: CPU"' in devices
 
 
-def test_an_interrupt_saves_on_all_hosts(run, machines, ssh):
-    process = launch(run, machines.prefix, "--hosts", "n1,n2", *SMALL, "run.steps=100000")
+def test_an_interrupt_saves_on_all_hosts(run, launch, ssh):
+    process = launch(None, "--hosts", "n1,n2", *SMALL, "run.steps=100000")
     run.wait_for_step(20)
     starter = next(p for p in ranks_of(run, "launch/torchrun.sh") if "--hosts" in p.cmdline())
     starter.send_signal(signal.SIGINT)
@@ -85,23 +94,23 @@ def test_an_interrupt_saves_on_all_hosts(run, machines, ssh):
     assert run.ended() == {"status": "saved: start me again", "step": run.last_step(), "reason": "STOP file"}
 
 
-def test_a_cut_link_ends_both_sides_in_time_and_the_run_resumes(run, machines):
+def test_a_cut_link_ends_both_sides_in_time_and_the_run_resumes(run, launch, machines):
     words = (*SMALL, "engine.timeout_seconds=15", "checkpoint.every_steps=25")
-    processes = on_each_host(run, machines, *words)
+    processes = on_each_host(launch, *words)
     try:
         run.wait_for_step(60)
         machines.link("n2", "down")
         cut = time.monotonic()
-        codes = [process.wait(120) for process in processes]
+        codes = [process.wait(150) for process in processes]
         took = time.monotonic() - cut
     finally:
         machines.link("n2", "up")
     assert 0 not in codes
-    assert took < 90, f"{took} s"
+    assert took < 120, f"{took} s"
     assert run.ended()["status"] == "failed"
     for rank in (0, 1):
         assert re.search(rf"rank {rank}: no answer from another rank within engine.timeout_seconds=15", run.said())
-    for process in on_each_host(run, machines, *words):
+    for process in on_each_host(launch, *words):
         assert process.wait(200) == 0, run.said()
     assert "resuming from" in run.said()
     assert run.ended()["status"] == "finished"
@@ -109,8 +118,8 @@ def test_a_cut_link_ends_both_sides_in_time_and_the_run_resumes(run, machines):
     assert len(run.samples()) == 200 * 64
 
 
-def test_the_ranks_start_again_after_a_killed_one(run, machines):
-    processes = on_each_host(run, machines, "--max-restarts", "1", *SMALL, "checkpoint.every_steps=25")
+def test_the_ranks_start_again_after_a_killed_one(run, launch):
+    processes = on_each_host(launch, "--max-restarts", "3", *SMALL, "checkpoint.every_steps=25")
     run.wait_for_step(60)
     ranks_of(run)[0].kill()
     assert [process.wait(200) for process in processes] == [0, 0], run.said()
