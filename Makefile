@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: pretrain test check test-integration clean
+.PHONY: pretrain test check test-integration test-cluster clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
@@ -15,9 +15,14 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x launch/*.sh launch/pretrain.slurm launch/site.env.example tests/cluster/install.sh
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
 	$(BIN)/pytest -m integration
+
+test-cluster: $(INSTALLED)  ## jobs on a real Slurm cluster on this machine, and torchrun on two hosts (best as root)
+	tests/cluster/install.sh
+	$(BIN)/pytest -m cluster
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

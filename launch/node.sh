@@ -20,6 +20,9 @@ if [[ ${RANKS_GET_SIGNALS:-} == yes ]]; then # Slurm signals all processes of a 
     trap '' TERM USR1
     export PET_SIGNALS_TO_HANDLE=SIGHUP
 fi
+if ((NODE_RESTARTS)); then # a fresh store for each start: nodes may count restarts differently, and read old addresses
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
 mkdir -p "$LOGS"
 if [[ $LAUNCHER == accelerate ]]; then
     words=(-m accelerate.commands.launch --config_file launch/accelerate/one_process.yaml --tee 3 --log_dir "$LOGS"
@@ -36,12 +39,14 @@ fi
 
 # The launcher asks the head for news without a limit of time, and where the network is gone would outlive its ranks.
 watch() { # watch PID: ends it when its ranks, its children, have been gone for too long (a restart waits for others)
-    local limit=$((NODE_RESTARTS ? 660 : 60)) ranks_seen='' idle=0 children
-    while sleep 1 && [[ -d /proc/$1 ]]; do
+    local limit=$((NODE_RESTARTS ? 660 : 60)) ranks_seen='' idle_since=$SECONDS children=()
+    while sleep 2 && [[ -d /proc/$1 ]]; do
         read -ra children <<<"$(cat "/proc/$1/task/"*/children 2>/dev/null || true)"
-        if ((${#children[@]} > 1)); then # one is this loop
-            ranks_seen=yes idle=0
-        elif [[ $ranks_seen ]] && ((++idle > limit)); then
+        # One child is this loop. Ranks that have ended, but that nobody has asked for their exit code, have no command.
+        children=("${children[@]/#//proc/}")
+        if (($(grep -sl . "${children[@]/%//cmdline}" | wc -l || true) > 1)); then
+            ranks_seen=yes idle_since=$SECONDS
+        elif [[ $ranks_seen ]] && ((SECONDS - idle_since > limit)); then
             echo "$HOSTNAME: the ranks ended $limit s ago and the launcher hangs: ending it (is the network up?)" >&2
             kill -KILL "$1"
         fi

@@ -65,8 +65,8 @@ def test_usr1_before_the_time_limit_saves_requeues_and_resumes(run, whole):
 def test_a_preempted_job_saves_waits_and_resumes(run, whole):
     job = run.submit("--exclusive", words=SMALL)
     run.wait_for_step(20)
-    urgent = run.cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
-                             "--wrap=sleep 3").strip()  # fmt: skip
+    urgent = run.cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
+                             "--output=/dev/null", "--wrap=sleep 3").strip()  # fmt: skip
     run.wait(job, "PENDING", 60)
     assert 20 <= run.last_step() < 200
     run.wait(urgent, "COMPLETED")
