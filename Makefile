@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: pretrain test check test-integration test-container clean
+.PHONY: pretrain test check test-integration test-cluster test-container clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
@@ -16,7 +16,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/shellcheck -x $(wildcard .ci/run launch/*.sh launch/*.slurm tests/*/*.sh)
+	$(BIN)/shellcheck -x .ci/run launch/*.sh launch/pretrain.slurm launch/site.env.example $(wildcard tests/*/*.sh)
 	$(BIN)/yamllint .pre-commit-config.yaml configs docker launch
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
@@ -24,6 +24,10 @@ test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpee
 
 test-container:  ## docker/Dockerfile: build, run and test it; needs docker, podman, or root on Debian
 	tests/container/run.sh
+
+test-cluster: $(INSTALLED)  ## jobs on a real Slurm cluster on this machine, and torchrun on two hosts (best as root)
+	tests/cluster/install.sh
+	$(BIN)/pytest -m cluster
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -167,7 +167,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         val=val,
         sinks=sinks,
         meter=Meter(training_flops(config.model), peak, ranks.world_size),
-        vote=Vote(stop, ranks, saver.wanted),
+        vote=Vote(stop, ranks, saver.wanted, config.engine.timeout_seconds),
         ledger=Ledger(engine, run_dir.path, start_step, config.data.max_bad_fraction, config.data.log_samples),
         saver=saver,
         profiler=build_profiler(config, run_dir) if ranks.is_main else None,
@@ -247,6 +247,11 @@ def explain(error: BaseException, config: RunConfig, ranks: Ranks) -> BaseExcept
     # gloo's and NCCL's words for a connection that the other side closed
     if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer|remote process exited", text):
         return PeerLost("another rank ended and this one can't go on; its own message says why")
+    if isinstance(error, RuntimeError) and re.search(r"Timed out waiting|Connection timed out|No route to host", text):
+        return PeerLost(
+            f"no answer from another rank within engine.timeout_seconds={config.engine.timeout_seconds}: it hangs, or"
+            " the network between them is down; start again to resume"
+        )
     return error
 
 

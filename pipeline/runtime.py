@@ -3,6 +3,7 @@
 Imports torch only where it is used, so that signals are caught from the first moment of a process.
 """
 
+import datetime
 import os
 import signal
 import socket
@@ -161,11 +162,12 @@ class Vote:
     the same at the same step.
     """
 
-    def __init__(self, stop: StopSignal, ranks: Ranks, save_wanted: Callable[[], bool]):
+    def __init__(self, stop: StopSignal, ranks: Ranks, save_wanted: Callable[[], bool], timeout_seconds: int):
         import torch.distributed as dist
 
         self.stop, self.ranks, self.save_wanted = stop, ranks, save_wanted
-        self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        timeout = datetime.timedelta(seconds=timeout_seconds)  # a group's own default, unlike the first group's
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
         self.pending: Any = None
 
     def start(self, valid_rows: int) -> None:

@@ -29,6 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained, check the shards, and stop"
     )
+    parser.add_argument("--print-run-dir", action="store_true", help="print the run directory, for scripts, and stop")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     return parser.parse_intermixed_args(arguments)
@@ -54,6 +55,10 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
     from pipeline.config import load_config
 
     config = load_config(parsed.config, parsed.overrides)
+    assert config.run.dir is not None
+    if parsed.print_run_dir:
+        print(os.path.abspath(config.run.dir))
+        return 0
     ranks = read_ranks(os.environ)
     export_ranks(ranks, os.environ)
     if parsed.dry_run:
@@ -63,7 +68,6 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
     from pipeline.build import build, explain, finished_evaluation, summary
     from pipeline.run_dir import RunDir
 
-    assert config.run.dir is not None
     run_dir = RunDir(config.run.dir)
     run: Any = None
     try:

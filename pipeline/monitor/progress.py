@@ -1,5 +1,6 @@
 """A live progress bar on the terminal."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,10 @@ class Progress(Sink):
     def __init__(self, start_step: int, total_steps: int):
         from tqdm import tqdm
 
-        self.bar: Any = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        seconds = 0.5 if sys.stderr.isatty() else 30.0  # each is a line in a batch job's log
+        self.bar: Any = tqdm(
+            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=seconds
+        )
         self.shown: dict[str, str] = {}
 
     def step(self, step: int) -> None:

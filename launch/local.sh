@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Pretrains on this machine: on all of its GPUs, or with N processes on its CPU.
+#
+#   launch/local.sh [--ranks N] [--config configs/X.yaml] [key=value ...]
+#
+# Without --ranks there is one for each GPU (CUDA_VISIBLE_DEVICES counts), or one on the CPU. The config is the
+# trainer's default, the embedded digits, unless named; relative paths start at the repository. Start it again to resume.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/settings.sh
+RANKS=$(ranks_here)
+case ${1:-} in
+-h | --help)
+    help_of "$0"
+    exit
+    ;;
+--ranks)
+    RANKS=$2
+    shift 2
+    ;;
+esac
+run_dir=$("${CONTAINER[@]}" bash "$PWD/launch/node.sh" --print-run-dir "$@" | tail -n 1)
+export NODES=1 RANKS HEAD=127.0.0.1 PORT=0 RUN_ID=local LOGS=$run_dir/logs NODE_RESTARTS=0
+exec "${CONTAINER[@]}" bash "$PWD/launch/node.sh" "$@"
