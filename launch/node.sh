@@ -11,7 +11,7 @@ if [[ ${1:-} == --print-run-dir ]]; then exec "$PYTHON" pipeline/train.py "$@"; 
 read -r address interface < <("$PYTHON" launch/address.py "$HEAD" "$NETWORK_INTERFACE")
 export GLOO_SOCKET_IFNAME=$interface # gloo's own choice is what the host name resolves to
 if [[ $NETWORK_INTERFACE ]]; then export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE; fi
-is_host=$([[ $address == "$HEAD" ]] && echo true || echo false)
+is_host=$([[ $address == "$HEAD" && ${SLURM_NODEID:-0} == 0 ]] && echo true || echo false)
 
 # Both launchers are torch's elastic agent, and take from PET_* what has no option in `accelerate launch`.
 export PET_LOCAL_ADDR=$address PET_RDZV_ID=$RUN_ID PET_RDZV_ENDPOINT=$HEAD:$PORT

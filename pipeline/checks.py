@@ -418,8 +418,8 @@ def check_disk(looks: list[dict[str, Any]], config: RunConfig, parameters: int) 
 
 def check_shared_memory(looks: list[dict[str, Any]], config: RunConfig) -> list[Finding]:
     """Batches come from the workers through /dev/shm: those that wait, and one that is being made."""
-    rows = -(-config.data.global_batch_size // len(looks))
-    batch = rows * 3 * config.model.image_size**2
+    images = config.data.global_batch_size + (config.data.val_batch_size if config.data.val else 0)
+    batch = -(-images // len(looks)) * 3 * config.model.image_size**2
     wrong, frees = [], []
     for look in looks:
         if "run_dir" not in look or look["run_dir"]["shm"] is None or not config.data.workers:

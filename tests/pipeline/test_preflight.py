@@ -76,7 +76,7 @@ def shim(folder, name, text):
 
 @needs_namespaces
 def test_what_differs_on_one_node_is_named_with_its_fix(digits, tmp_path):
-    """Another torch, a clock that is behind, an unreadable shard, and a run directory of its own, all on one node."""
+    """Another torch, a late clock, an empty shard, a small /dev/shm and a run directory of its own, all on one node."""
     shim(tmp_path / "shim", "torch-1.13.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 1.13.0\n")
     environ = shim(
         tmp_path / "shim", "sitecustomize.py", "import time\nnow = time.time\ntime.time = lambda: now() - 90\n"
@@ -84,16 +84,18 @@ def test_what_differs_on_one_node_is_named_with_its_fix(digits, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "shared").mkdir()
     mounts = f"mount --bind /dev/null {digits}/train-002.tar && mount --bind {tmp_path}/own {tmp_path}/shared"
+    mounts += " && mount -t tmpfs -o size=1m tmpfs /dev/shm"
     job = Job(*data(digits), f"run.dir={tmp_path / 'shared/run'}", world_size=2)
     codes, checks, _ = job.start(0, node="alpha").start(1, environ, node="beta", first=mounts).end()
     assert codes == [1, 1]
     wrong = failed(checks)
-    assert set(wrong) == {"versions", "clocks", "shards", "run directory"}
+    assert set(wrong) == {"versions", "clocks", "shards", "shared memory", "run directory"}
     torch = "rank 1 on beta: torch 1.13.0, the others have 2."
     assert wrong["versions"][0].startswith(torch), wrong
     assert "pip install -c constraints.txt" in wrong["versions"][0]
     assert wrong["clocks"][0].startswith("rank 1 on beta: its clock is -90.")
     assert wrong["shards"] == [f"rank 1 on beta: {digits}/train-002.tar: empty file; write the shard anew"]
+    assert wrong["shared memory"][0].startswith("rank 1 on beta: /dev/shm has 1 MiB free")
     assert "rank 1 on beta: does not see what rank 0 on alpha has written into run.dir=" in "".join(
         wrong["run directory"]
     )

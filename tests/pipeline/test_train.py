@@ -258,3 +258,11 @@ def test_dry_run_of_vit_b16_counts_parameters_and_names_missing_shards():
     assert "105.15 GFLOP" in output
     assert "train: data/imagenet/train-0000.tar: shard not found" in output
     assert "val: ... and 54 more of 64 shards" in output
+
+
+def test_scripts_are_told_the_run_directory_and_nothing_is_made(tmp_path):
+    code, output = train("--print-run-dir", "--config", "configs/vit_b16_in1k.yaml", "engine.precision=no")
+    assert (code, output) == (0, f"{ROOT}/runs/vit_b16_in1k\n")
+    code, output = train("--print-run-dir", f"run.dir={tmp_path}/a run")
+    assert (code, output) == (0, f"{tmp_path}/a run\n")
+    assert not list(tmp_path.iterdir())
