@@ -47,7 +47,7 @@ def prepare_data(config: RunConfig, ranks: Ranks) -> None:
     folders = {os.path.dirname(url) for url in expand_urls(config.data.train)}
     names = [os.path.basename(url) for url in expand_urls(config.data.train)]
     folder = folders.pop()
-    if folders or names != expand_urls(TRAIN) or not is_local(folder):
+    if folders or names != expand_urls(TRAIN) or not folder or not is_local(folder):
         return  # other shards than those that would be written
     if not os.path.isdir(folder) or not os.listdir(folder):
         write_digits(folder + ".part")

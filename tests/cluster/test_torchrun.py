@@ -79,7 +79,7 @@ def test_two_hosts_over_ssh_reach_97_percent(run, launch, ssh):
     process = launch(None, "--hosts", "n1,n2")
     assert process.wait(400) == 0, run.said()
     assert run.metric("val/top1") >= 0.97
-    assert re.search(r"^n1: .*finished after step 899 of 899", run.said(), re.M)
+    assert re.search(r"^n1: .*finished after step 1348 of 1348", run.said(), re.M)
     devices = (run.path / "manifest.json").read_text()
     assert '"n1: CPU"' in devices
     assert '"n2: CPU"' in devices

@@ -51,7 +51,7 @@ def test_a_variant_on_the_command_line_wins_over_the_file():
         ("engine.zero_stage=4", "engine.zero_stage: must be null, 0, 1, 2 or 3, found 4"),
         ("objective.name=clasification", "did you mean 'classification'"),
         ("augment.train=[resise]", "augment.train[0].name: unknown 'resise'; did you mean 'resize'?"),
-        ("run.steps=5", "run.steps: set exactly one of steps (5) and epochs (40.0)"),
+        ("run.steps=5", "run.steps: set exactly one of steps (5) and epochs (60.0)"),
         ("nonsense", "'nonsense': expected key=value"),
         ("model.channels=1", "model.channels: the shards' images have 3 channels, found 1"),
         ("model.variant=B/15", "command line: model.variant: unknown 'B/15'"),
