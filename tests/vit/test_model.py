@@ -123,8 +123,8 @@ def test_representation_layer_equals_hugging_faces_pooler(qkv_bias):
     assert_same_logits(model.pool(model.encode(model.embed(images))), reference(images).pooler_output)
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(1500)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_hundred_training_steps_have_the_losses_of_hugging_face():
     model = ViT(ViTConfig(**ViTConfig.expand({"variant": "Ti/16"})))
     model.init_weights(torch.Generator().manual_seed(0))
