@@ -49,7 +49,7 @@ def start(*words, launcher=("python",), environ=(), **options):
 def train(*words, launcher=("python",), **options):
     """Runs the training command to its end: (exit code, output)."""
     process = start(*words, launcher=launcher, **options)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=580)  # pytest-timeout ends ordinary tests sooner
     return process.returncode, output
 
 
