@@ -105,6 +105,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_loses_none(digits, 
     words = [*SMALL, *data(digits), f"run.dir={tmp_path}", f"engine.zero_stage={zero_stage}", "run.steps=100000"]
     process = start(*words, launcher=two_ranks())
     wait_for(tmp_path / "metrics.jsonl")
+    while "\n" not in (tmp_path / "metrics.jsonl").read_text():  # the file is opened before the first step
+        assert process.poll() is None
+        time.sleep(0.05)
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGUSR1)

@@ -121,7 +121,7 @@ def test_stopped_on_four_ranks_and_resumed_on_two_a_run_sees_the_planned_samples
     words = [*SMALL, *data(digits), f"run.dir={tmp_path / 'run'}", "data.log_samples=true", "model.depth=1"]
     process = start(*words, "run.steps=100000", launcher=torchrun(4))
     end = time.time() + 120
-    while not (tmp_path / "run/metrics.jsonl").exists():
+    while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
         assert time.time() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
