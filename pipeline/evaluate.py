@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import os
 import sys
 
 import torch
@@ -16,6 +15,7 @@ from pipeline.engine import load_weights
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
 from pipeline.trainer import normalised
+from pipeline.weights import find_checkpoint
 from vit.model import ViT
 
 
@@ -28,8 +28,7 @@ def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers
     """
     from tqdm import tqdm
 
-    if os.path.isdir(os.path.join(path, "checkpoints")):
-        path = checkpoint.latest(os.path.join(path, "checkpoints"))[0] or path
+    path = find_checkpoint(path)
     checkpoint.require(path)
     facts = checkpoint.load_state(path)
     config = config_from_tree(facts["config"], path)

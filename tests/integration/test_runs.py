@@ -173,7 +173,27 @@ def test_the_default_run_reaches_97_percent(digits, tmp_path, zero_stage):
             launcher=two_ranks(),
         )
     assert code == 0, output
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert_accurate(tmp_path)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_a_run_killed_in_the_middle_resumes_and_reaches_97_percent(digits, tmp_path):
+    words = [*data(digits), f"run.dir={tmp_path}"]
+    process = start(*words)
+    wait_for(tmp_path / "checkpoints/step-00000337")
+    process.kill()
+    process.wait(60)
+    process.stdout.close()
+    assert not (tmp_path / "exit.json").exists()
+    code, output = train(*words)
+    assert code == 0, output
+    assert "resuming from" in output
+    assert_accurate(tmp_path)
+
+
+def assert_accurate(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     final = [line for line in lines if "val/top1" in line][-1]
     assert final["val/count"] == 360
     assert final["val/top1"] >= 0.97
