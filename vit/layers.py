@@ -8,6 +8,7 @@ Sources: "An Image is Worth 16x16 Words" (arXiv 2010.11929), "Attention Is All Y
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,11 @@ class Layer(nn.Module):
     """A layer with two paths; `is_fused` chooses, and `ViT` sets it for all of its layers."""
 
     is_fused = False
+    reference: Callable[[Tensor], Tensor]
+    fused: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused(x) if self.is_fused else self.reference(x)
-
-    def reference(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def fused(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class Linear(Layer):
