@@ -146,8 +146,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     if ranks.is_main and start_step < total_steps:
         run_dir.start(to_yaml(config), classes, devices)
     compile_model(model, config.engine.compile)
-    optimizer = build_optimizer(model, config.optimizer)
-    engine.prepare(model, optimizer, state)
+    optimizer = build_optimizer(model, config.optimizer, config.schedule.peak_lr)
+    engine.prepare(model, optimizer, state, config.optimizer.ema_decay)
     sinks = []
     if ranks.is_main and start_step < total_steps:
         sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]

@@ -1,9 +1,9 @@
 """Save, load, find and prune checkpoints: `python -m pipeline.checkpoint ls|verify RUN`.
 
-A checkpoint is a folder `step-00001200` with full fp32 weights and moments (safetensors, of which each rank writes its
-share), `state.json`, and `manifest.json` with sizes and checksums, written last. It is written under another name,
-synced and renamed: a folder without a whole manifest is not a checkpoint. It fits any number of ranks, ZeRO stage and
-precision.
+A checkpoint is a folder `step-00001200` with full fp32 weights, moments and moving average (safetensors, of which each
+rank writes its share), `state.json`, and `manifest.json` with sizes and checksums, written last. It is written under
+another name, synced and renamed: a folder without a whole manifest is not a checkpoint. It fits any number of ranks, ZeRO
+stage and precision.
 """
 
 import argparse
@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from pipeline.engine import MOMENTS, Engine, TrainingState
+from pipeline.engine import Engine, TrainingState
 from pipeline.errors import UserError
+from pipeline.optimizer import EMA
 from pipeline.options import option
 
 NAME = re.compile(r"step-(\d{8,})")
 RETRY_MINUTES = 1.0
-PART = re.compile(r"(model|optimizer)-\d{5}-of-\d{5}\.safetensors")
+PART = re.compile(r"(model|optimizer|ema)-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ class Saver:
         self.clock = time.monotonic()
         ranks = self.engine.ranks
         state = self.engine.state()
-        facts = {"step": step, "updates": state.updates, "evaluation": evaluation, **self.facts}
+        counters = {"step": step, "updates": state.updates, "loss_scale": state.loss_scale}
+        facts = {**counters, "evaluation": evaluation, **self.facts}
         self.thread = threading.Thread(target=self._write, args=(step, state, facts), name=f"save-{ranks.rank}")
         self.thread.start()
 
@@ -130,12 +133,15 @@ class Saver:
 
 
 def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -> dict[str, Any]:
-    """Writes a rank's part of weights and moments. Returns size and checksum of each file."""
+    """Writes a rank's part of weights, moments and moving average. Returns size and checksum of each file."""
     os.makedirs(folder, exist_ok=True)
+    moments = {f"{key}.{name}": v for key, kept in state.moments.items() if key != EMA for name, v in kept.items()}
+    contents = {"model": state.weights, "optimizer": moments}
+    if EMA in state.moments:
+        contents["ema"] = state.moments[EMA]
     files = {}
-    part = f"{rank + 1:05d}-of-{world_size:05d}.safetensors"
-    moments = {f"{key}.{name}": tensor for key in MOMENTS for name, tensor in state.moments[key].items()}
-    for name, tensors in ((f"model-{part}", state.weights), (f"optimizer-{part}", moments)):
+    for kind, tensors in contents.items():
+        name = f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
         path = os.path.join(folder, name)
         save_file(tensors, path)
         _sync(path)
@@ -209,18 +215,34 @@ def require(path: str) -> None:
         raise UserError(f"{path}: no whole checkpoint: {wrong}; name another one")
 
 
-def load(path: str, with_moments: bool = True) -> TrainingState:
-    """Weights, and moments where wanted, of a checkpoint that is whole."""
-    weights: dict[str, Any] = {}
-    moments: dict[str, dict] = {key: {} for key in MOMENTS}
-    for name in sorted(os.listdir(path)):
-        if name.startswith("model-"):
-            weights |= load_file(os.path.join(path, name))
-        elif name.startswith("optimizer-") and with_moments:
-            for full, tensor in load_file(os.path.join(path, name)).items():
-                key, _, parameter = full.partition(".")
-                moments[key][parameter] = tensor
-    return TrainingState(weights, moments, load_state(path)["updates"])
+def load(path: str) -> TrainingState:
+    """Everything that a checkpoint holds, if it is whole."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in _load_parts(path, "optimizer").items():
+        key, _, name = full.partition(".")
+        moments.setdefault(key, {})[name] = tensor
+    averages = _load_parts(path, "ema")
+    if averages:
+        moments[EMA] = averages
+    facts = load_state(path)
+    return TrainingState(_load_parts(path, "model"), moments, facts["updates"], facts.get("loss_scale"))
+
+
+def load_weights(path: str, ema: bool = False) -> dict[str, Tensor]:
+    """The weights, or their moving average, of a checkpoint that is whole.
+
+    Raises:
+        UserError: the checkpoint has no moving average.
+    """
+    weights = _load_parts(path, "ema" if ema else "model")
+    if not weights:
+        raise UserError(f"{path}: holds no moving average of the weights: optimizer.ema_decay was null; leave --ema out")
+    return weights
+
+
+def _load_parts(path: str, kind: str) -> dict[str, Tensor]:
+    parts = [load_file(os.path.join(path, name)) for name in os.listdir(path) if name.startswith(f"{kind}-")]
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def _folders(folder: str) -> list[str]:

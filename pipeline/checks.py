@@ -441,7 +441,7 @@ def check_memory(looks: list[dict[str, Any]], config: RunConfig, parameters: int
     wrong: list[str] = []
     with told(wrong):
         plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, len(looks))
-        need = state_bytes(parameters, config.engine.zero_stage, config.engine.precision, len(looks))
+        need = state_bytes(parameters, config.engine.zero_stage, config, len(looks))
         need += activation_bytes(config, plan.micro_batch, config.engine.zero_stage is not None)
         smallest = min(look["memory"] for look in looks)
         wrong += [

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.optimizer import skip_step
+from pipeline.optimizer import EMA, moment_names, skip_step
 from pipeline.options import option
 from pipeline.runtime import Ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 REDUCE_BUCKET_SIZE = 25_000_000  # gradients reduced together; DeepSpeed's default holds a buffer of 5e8 numbers
 
 
@@ -27,6 +26,12 @@ REDUCE_BUCKET_SIZE = 25_000_000  # gradients reduced together; DeepSpeed's defau
 class EngineConfig:
     precision: Literal["no", "bf16", "fp16"] = option("no", "mixed precision", may_change=True)
     zero_stage: int | None = option(None, "DeepSpeed ZeRO stage 0 to 3; null: plain DDP", may_change=True)
+    offload_optimizer: bool = option(
+        False, "zero_stage 1 to 3: master weights, moments and the update on the CPU", may_change=True
+    )
+    reduce_precision: Literal["fp32", "half"] = option(
+        "fp32", "precision in which gradients are reduced over ranks; half: that of engine.precision", may_change=True
+    )
     micro_batch_size: int | None = option(
         None, "images of one forward pass on one rank; null: no accumulation", may_change=True
     )
@@ -43,6 +48,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (None, 0, 1, 2, 3):
             raise ValueError(f"zero_stage: must be null, 0, 1, 2 or 3, found {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"offload_optimizer: needs engine.zero_stage 1, 2 or 3, found {self.zero_stage}")
+        if self.reduce_precision == "half" and self.precision == "no":
+            raise ValueError("reduce_precision: half needs engine.precision=bf16 or fp16, found no")
+        if self.compile == "model" and self.zero_stage == 3:
+            raise ValueError("compile: zero_stage=3 gathers weights block by block; set engine.compile=block, or none")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size: must be at least 1, found {self.micro_batch_size}")
         if self.grad_clip is not None and self.grad_clip <= 0:
@@ -85,8 +96,9 @@ class TrainingState:
     """A model and its optimizer, whatever the strategy: full fp32 tensors by parameter name, on the CPU."""
 
     weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> tensor
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> tensor; also "ema"
     updates: int = 0  # Adam's step counter
+    loss_scale: float | None = None  # of fp16
 
 
 class Engine:
@@ -101,11 +113,15 @@ class Engine:
                 f"{ranks.world_size} ranks were started but {self.accelerator.num_processes} joined;"
                 " start with torchrun, accelerate launch --multi_gpu, deepspeed or srun"
             )
+        assert self.accelerator.gradient_accumulation_steps == plan.accumulation
 
     def _connect(self) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.utils import DDPCommunicationHookType
 
-        handlers = [self._process_group(), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        half = {"no": "NO", "bf16": "BF16", "fp16": "FP16"}[self.config.precision]
+        hook = DDPCommunicationHookType[half if self.config.reduce_precision == "half" else "NO"]
+        handlers = [self._process_group(), DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]
         return Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=self.config.precision,
@@ -125,14 +141,23 @@ class Engine:
     def input_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState | None) -> None:
-        """Wraps model and optimizer, after loading `state` into them."""
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainingState | None,
+        ema_decay: float | None = None,
+    ) -> None:
+        """Wraps model and optimizer, and loads `state` into them."""
         self.module = model
         if state is not None:
             load_weights(model, state.weights)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if state is not None and state.updates:
-            self.load_moments(state)
+        self.slots = moment_names(self.torch_optimizer()) + ((EMA,) if ema_decay is not None else ())
+        self._create_slots(0 if state is None else state.updates)
+        if state is not None:
+            self.load_slots(state)
+        self.ema_decay = ema_decay
 
     @contextlib.contextmanager
     def micro_step(self) -> Iterator[None]:
@@ -147,10 +172,22 @@ class Engine:
     def step(self, learning_rate: float) -> Tensor:
         """Clips by the global norm and updates the weights. Returns the norm before clipping, on the device.
 
-        Where the norm is not finite, weights and moments stay as they are.
+        Where the norm is not finite, weights, moments and moving average stay as they are.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group in self.torch_optimizer().param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        norm = self._update()
+        if self.ema_decay is not None:
+            self._update_average(norm.isfinite() * (1.0 - self.ema_decay))
+        return norm
+
+    @torch.no_grad()
+    def _update_average(self, weight: Tensor) -> None:
+        slots = self.torch_optimizer().state
+        for tensor in self.masters():
+            slots[tensor][EMA].lerp_(tensor, weight.to(tensor.device))
+
+    def _update(self) -> Tensor:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
         if self.config.precision != "fp16":  # whose loss scaler skips by itself
             skip_step(self.torch_optimizer(), ~norm.isfinite())
@@ -160,7 +197,7 @@ class Engine:
 
     def state(self) -> TrainingState:
         """A host copy of this rank's share of the state. Collective: all ranks' shares together are the whole."""
-        weights, moments = {}, {key: {} for key in MOMENTS}  # type: ignore[var-annotated]
+        weights, moments = {}, {key: {} for key in self.slots}  # type: ignore[var-annotated]
         sizes = {name: parameter_size(parameter) for name, parameter in self.module.named_parameters()}
         mine = set(share_of(sizes, self.ranks.rank, self.ranks.world_size))
         for name, parameter in self.module.named_parameters():
@@ -168,28 +205,68 @@ class Engine:
                 value = self.full(parameter, key, name in mine)
                 if value is not None:
                     kept[name] = value
-        return TrainingState(weights, moments, self.updates())
+        return TrainingState(weights, moments, self.updates(), self.loss_scale())
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average of all weights, in fp32 on the CPU of every rank. Collective."""
+        named = self.module.named_parameters()
+        values = ((name, self.full(parameter, EMA, True)) for name, parameter in named)
+        return {name: value for name, value in values if value is not None}
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
+
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors that this rank's optimizer updates: all parameters, or its share of them."""
+        return [parameter for group in self.torch_optimizer().param_groups for parameter in group["params"]]
 
     def updates(self) -> int:
         steps = [int(state["step"]) for state in self.torch_optimizer().state.values() if "step" in state]
         return max(steps, default=0)
 
+    def loss_scale(self) -> float | None:
+        return None if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+
     def full(self, parameter: nn.Parameter, key: str | None, wanted: bool) -> Tensor | None:
-        """A parameter (key None) or one of its moments as a full fp32 copy on the CPU, on ranks that want it."""
+        """A parameter (key None) or what the optimizer keeps for it, as a full fp32 copy on the CPU, where wanted."""
         if not wanted:
             return None
         value = parameter if key is None else self.torch_optimizer().state[parameter][key]
         return value.detach().to("cpu", torch.float32, copy=True)
 
-    def load_moments(self, state: TrainingState) -> None:
-        slots = self.torch_optimizer().state
+    def _create_slots(self, updates: int) -> None:
+        # torch makes them in the first step, which a checkpoint or a step that is skipped may come before.
+        state = self.torch_optimizer().state
+        for tensor in self.masters():
+            state[tensor] = {key: torch.zeros_like(tensor) for key in self.slots if key != EMA}
+            if EMA in self.slots:
+                state[tensor][EMA] = tensor.detach().clone()
+            if isinstance(self.torch_optimizer(), torch.optim.AdamW):
+                state[tensor]["step"] = torch.tensor(float(updates), device=tensor.device)
+
+    def load_slots(self, state: TrainingState) -> None:
+        """Loads moments, moving average and loss scale into a prepared engine, and fp32 weights where they are apart.
+
+        Raises:
+            UserError: the checkpoint does not have what this optimizer keeps.
+        """
+        missing = [key for key in self.slots if key not in state.moments]
+        if missing:
+            raise UserError(f"the checkpoint lacks the optimizer's {', '.join(missing)}; it is of another optimizer")
         for name, parameter in self.module.named_parameters():
-            slots[parameter] = {"step": torch.tensor(float(state.updates))}
-            for key in MOMENTS:
-                slots[parameter][key] = state.moments[key][name].to(parameter.device, copy=True)
+            self._set(parameter, None, state.weights[name])
+            for key in self.slots:
+                self._set(parameter, key, state.moments[key][name])
+        if state.loss_scale is not None:
+            self._set_loss_scale(state.loss_scale)
+
+    def _set(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        if key is not None:
+            self.torch_optimizer().state[parameter][key].copy_(value)
+
+    def _set_loss_scale(self, scale: float) -> None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update(scale)
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sums over ranks, on the device."""
@@ -214,13 +291,25 @@ class Engine:
         if self.ranks.world_size > 1:
             torch.distributed.barrier()
 
+    def release(self) -> None:
+        """Gives up model, optimizer and Accelerate's state, but stays in the process group: another engine may follow."""
+        from accelerate.state import AcceleratorState
+
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
     def close(self) -> None:
+        self.release()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed's ZeRO 0 to 3 through Accelerate's plugin."""
+    """DeepSpeed's ZeRO 0 to 3 through Accelerate's plugin.
+
+    What DeepSpeed keeps, by stage: 0 in fp32, the parameters themselves; 0 in bf16 or fp16, an fp32 copy of each;
+    1 and 2, a flat fp32 tensor for each parameter group's share of this rank; 3, flat tensors of parameters' shares.
+    """
 
     def _connect(self) -> Any:
         handlers = [self._process_group()]
@@ -238,31 +327,53 @@ class DeepSpeedEngine(Engine):
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-        own_clip = self.config.zero_stage == 0 and self.config.precision == "no"  # DeepSpeed drops the norm there
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        assert accelerator.distributed_type == DistributedType.DEEPSPEED
+        return accelerator
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        stage, precision = self.config.zero_stage, self.config.precision
+        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET_SIZE}
+        if self.config.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        own_clip = stage == 0 and precision == "no"  # DeepSpeed drops the norm there
         config = {
             "train_micro_batch_size_per_gpu": self.plan.micro_batch,
             "gradient_accumulation_steps": self.plan.accumulation,
             "train_batch_size": self.plan.global_batch,
             "gradient_clipping": 0.0 if own_clip else self.config.grad_clip or 0.0,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": self.config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_SIZE},
-            "bf16": {"enabled": self.config.precision == "bf16"},
-            "fp16": {"enabled": self.config.precision == "fp16"},
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, and needs no compiler
+            "zero_optimization": zero,
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
             "steps_per_print": 10**9,
         }
-        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=handlers)
-        assert accelerator.distributed_type == DistributedType.DEEPSPEED
-        return accelerator
+        if self.config.reduce_precision == "fp32":
+            config["communication_data_type"] = "fp32"
+        return config
 
     @property
     def input_dtype(self) -> torch.dtype:
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState | None) -> None:
-        super().prepare(model, optimizer, state)
-        self.zero = self.model.optimizer  # DeepSpeed's, around ours
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's optimizer, around ours."""
+        return self.model.optimizer
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainingState | None,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().prepare(model, optimizer, state, ema_decay)
         assert self.model.train_micro_batch_size_per_gpu() == self.plan.micro_batch
+        assert self.model.gradient_accumulation_steps() == self.plan.accumulation
         assert self.model.train_batch_size() == self.plan.global_batch
 
     @contextlib.contextmanager
@@ -274,11 +385,9 @@ class DeepSpeedEngine(Engine):
         self.model.set_gradient_accumulation_boundary(is_boundary=self.accelerator.sync_gradients)
         self.model.backward(loss * (self.plan.accumulation * self.plan.ranks))
 
-    def step(self, learning_rate: float) -> Tensor:
-        for group in self.zero.param_groups:
-            group["lr"] = learning_rate
+    def _update(self) -> Tensor:
         norm = None
-        if self.zero is self.torch_optimizer():  # plain torch optimizer: ZeRO-0 in fp32
+        if self.zero is self.torch_optimizer():
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
             skip_step(self.zero, ~norm.isfinite())
         self.model.step()
@@ -287,84 +396,71 @@ class DeepSpeedEngine(Engine):
         return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.device)
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.model.optimizer
-        return getattr(optimizer, "optimizer", optimizer)
+        return getattr(self.zero, "optimizer", self.zero)
+
+    def masters(self) -> list[Tensor]:
+        if self.config.zero_stage == 3:
+            return list(self.zero.fp32_partitioned_groups_flat)
+        if self.config.zero_stage in (1, 2):
+            return list(self.zero.single_partition_of_fp32_groups)
+        return super().masters()
+
+    def loss_scale(self) -> float | None:
+        return float(self.zero.cur_scale) if self.config.precision == "fp16" else None
+
+    def _set_loss_scale(self, scale: float) -> None:
+        if self.config.precision == "fp16":
+            self.zero.loss_scaler.cur_scale = scale
+
+    def _create_slots(self, updates: int) -> None:
+        super()._create_slots(updates)
+        if self.config.zero_stage in (1, 2):
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def full(self, parameter: nn.Parameter, key: str | None, wanted: bool) -> Tensor | None:
-        if hasattr(self.zero, "fp16_groups") and hasattr(self.zero, "fp32_groups"):  # ZeRO-0 with master weights
-            parameter = self._master(parameter)
-        elif self.zero is not self.torch_optimizer():
-            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        if self.config.zero_stage == 0:
+            return super().full(self._master(parameter), key, wanted)
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-            self._link_moments()
-            value = (
-                safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-            )
-            return value.detach().to("cpu", torch.float32, copy=True) if wanted else None
-        return super().full(parameter, key, wanted)
+        value = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        return value.detach().to("cpu", torch.float32, copy=True) if wanted else None
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """ZeRO-0: the fp32 copy of a parameter, or itself."""
+        if self.zero is self.torch_optimizer():
+            return parameter
         for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
             for half, master in zip(low, high, strict=True):
                 if half is parameter:
                     return master
         raise AssertionError("a parameter without master weights")
 
-    def _link_moments(self) -> None:
-        # DeepSpeed links moments to parameters after the first group's update, when those of the others don't exist.
-        if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
-            self.zero._hp_optimizer_states_linked = False
-            self.zero._lazy_init_hp_params_optimizer_state()
-
-    def load_moments(self, state: TrainingState) -> None:
-        self.zero = self.model.optimizer
-        inner = self.torch_optimizer()
-        if self.zero is inner:
-            return super().load_moments(state)
-        if hasattr(self.zero, "fp16_groups") and hasattr(self.zero, "fp32_groups"):
-            for name, parameter in self.module.named_parameters():
-                master = self._master(parameter)
-                master.data.copy_(state.weights[name])
-                inner.state[master] = {"step": torch.tensor(float(state.updates))}
-                for key in MOMENTS:
-                    inner.state[master][key] = state.moments[key][name].to(master.device, copy=True)
-            return None
-        three = self.config.zero_stage == 3
-        flats = self.zero.fp32_partitioned_groups_flat if three else self.zero.single_partition_of_fp32_groups
-        for flat in flats:
-            inner.state[flat] = {"step": torch.tensor(float(state.updates))}
-            for key in MOMENTS:
-                inner.state[flat][key] = torch.zeros_like(flat.data)
-        self._link_moments()
-        for name, parameter in self.module.named_parameters():
-            self._set(parameter, state.weights[name], None)
-            for key in MOMENTS:
-                self._set(parameter, state.moments[key][name], key)
-        return None
-
-    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    def _set(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
         from deepspeed import utils
 
         value = value.to(self.device)
-        if self.config.zero_stage != 3:
+        if self.config.zero_stage == 0:
+            master = self._master(parameter)
+            (master.data if key is None else self.torch_optimizer().state[master][key]).copy_(value)
+        elif self.config.zero_stage in (1, 2):
             if key is None:
                 utils.safe_set_full_fp32_param(parameter, value)
             else:
                 utils.safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # ZeRO-3 pads a parameter's last partition; its own setter for full values fails there.
-        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        padded = value.new_zeros(size * self.ranks.world_size)
-        padded[: value.numel()] = value.flatten()
-        local = padded[size * self.ranks.rank : size * (self.ranks.rank + 1)]
-        if key is None:
-            utils.safe_set_local_fp32_param(parameter, local)
-        else:
-            utils.safe_set_local_optimizer_state(parameter, local, key)
+        else:  # ZeRO-3 pads a parameter's last partition; its own setter for full values fails there
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            padded = value.new_zeros(size * self.ranks.world_size)
+            padded[: value.numel()] = value.flatten()
+            local = padded[size * self.ranks.rank : size * (self.ranks.rank + 1)]
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, local)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, local, key)
 
-    def close(self) -> None:
+    def release(self) -> None:
         self.model.destroy()
-        super().close()
+        super().release()
 
 
 def parameter_size(parameter: nn.Parameter) -> int:

@@ -20,7 +20,9 @@ from vit.model import ViT
 
 
 @torch.no_grad()
-def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers: int) -> dict[str, float]:
+def evaluate(
+    path: str, urls: list[str] | None, predictions: str | None, workers: int, ema: bool = False
+) -> dict[str, float]:
     """Counts every sample once; writes one CSV line a sample where asked for.
 
     Raises:
@@ -35,7 +37,7 @@ def evaluate(path: str, urls: list[str] | None, predictions: str | None, workers
     names = facts["classes"] or []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ViT(config.model)
-    load_weights(model, checkpoint.load(path, with_moments=False).weights)
+    load_weights(model, checkpoint.load_weights(path, ema))
     model.to(device).eval()
     index = load_index(urls or config.data.val, folder=config.data.index, source=Source(config.data.read))
     size, classes = config.model.image_size, config.model.num_classes
@@ -73,9 +75,11 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", metavar="URL", help="shards; default: the run's validation shards")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write label and prediction of every sample")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode (2)")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optimizer.ema_decay)")
     parsed = parser.parse_args()
     try:
-        for name, value in evaluate(parsed.checkpoint, parsed.data, parsed.predictions, parsed.workers).items():
+        found = evaluate(parsed.checkpoint, parsed.data, parsed.predictions, parsed.workers, parsed.ema)
+        for name, value in found.items():
             print(f"{name} {value:.6g}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,15 +3,15 @@
 import argparse
 import sys
 
-from pipeline.checkpoint import load_state, require
+from pipeline.checkpoint import load_state, load_weights, require
 from pipeline.config import config_from_tree
 from pipeline.errors import UserError
-from pipeline.weights import find_checkpoint, read_weights, write_weights
+from pipeline.weights import find_checkpoint, write_weights
 from vit.weights import LAYOUTS
 
 
-def export(path: str, layout: str, out: str) -> None:
-    """Writes the weights of a checkpoint, or of a run's newest one, in a layout.
+def export(path: str, layout: str, out: str, ema: bool = False) -> None:
+    """Writes the weights of a checkpoint, or of a run's newest one, in a layout; with `ema` their moving average.
 
     Raises:
         UserError: no whole checkpoint, a layout that can't hold this model, or a path that can't be written.
@@ -20,7 +20,7 @@ def export(path: str, layout: str, out: str) -> None:
     require(path)
     facts = load_state(path)
     config = config_from_tree(facts["config"], path)
-    write_weights(read_weights(path), config.model, layout, out, facts["classes"] or [])
+    write_weights(load_weights(path, ema), config.model, layout, out, facts["classes"] or [])
     print(f"wrote {out}: {config.model.variant} after step {facts['step']}, layout {layout}")
 
 
@@ -29,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest checkpoint)")
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose names and shapes")
     parser.add_argument("--out", required=True, help="a .safetensors file; .npz for jax; a folder for hf")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optimizer.ema_decay)")
     parsed = parser.parse_args(arguments)
     try:
-        export(parsed.checkpoint, parsed.layout, parsed.out)
+        export(parsed.checkpoint, parsed.layout, parsed.out, parsed.ema)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

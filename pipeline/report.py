@@ -26,17 +26,21 @@ from vit.model import ViT, count_parameters, forward_flops, training_flops
 GIB = 1 << 30
 
 
-def state_bytes(parameters: int, zero_stage: int | None, precision: str, ranks: int) -> int:
-    """Bytes of weights, gradients and optimizer on one rank (arXiv 1910.02054, section 5), without padding.
+def state_bytes(parameters: int, zero_stage: int | None, config: RunConfig, ranks: int) -> int:
+    """Bytes of weights, gradients and optimizer on one rank's device (arXiv 1910.02054, section 5), without padding.
 
-    DDP and ZeRO-0 in fp32 keep fp32 weights, gradients and two moments: 16 bytes a parameter, DDP in any precision.
-    DeepSpeed in bf16 or fp16 keeps 2-byte weights and gradients, and fp32 master weights and moments; from stage 1 on
-    it keeps master weights beside fp32 weights too. Stage 1 divides what only the optimizer needs by the ranks,
-    stage 2 the gradients too, stage 3 also the weights.
+    DDP and ZeRO-0 in fp32 keep fp32 weights, gradients and AdamW's two moments: 16 bytes a parameter, DDP in any
+    precision. DeepSpeed in bf16 or fp16 keeps 2-byte weights and gradients, and fp32 master weights and moments; from
+    stage 1 on it keeps master weights beside fp32 weights too. Stage 1 divides what only the optimizer needs by the
+    ranks (or moves it to the CPU), stage 2 the gradients too, stage 3 also the weights.
     """
-    half = zero_stage is not None and precision != "no"
+    half = zero_stage is not None and config.engine.precision != "no"
     weights, gradients = (2, 2) if half else (4, 4)
-    optimizer = 12 if half or zero_stage in (1, 2, 3) else 8
+    moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    tensors = moments + (config.optimizer.ema_decay is not None) + (half or zero_stage in (1, 2, 3))
+    optimizer = 4 * tensors
+    if config.engine.offload_optimizer and zero_stage in (1, 2, 3):
+        optimizer = 0
     divided = {None: 0, 0: 0, 1: optimizer, 2: optimizer + gradients, 3: optimizer + gradients + weights}[zero_stage]
     return round(parameters * (weights + gradients + optimizer - divided + divided / ranks))
 
@@ -120,9 +124,9 @@ def dry_run(config: RunConfig, ranks: Ranks) -> int:
     print(f"batch: {plan.global_batch} = {plan.micro_batch} micro batch x {plan.accumulation} accumulation"
           f" x {plan.ranks} ranks; {config.data.plan.lanes} lanes")  # fmt: skip
     print("parameter groups:")
-    for group in parameter_groups(model.named_parameters(), config.optimizer):
+    for group in parameter_groups(model.named_parameters(), config.optimizer, config.schedule.peak_lr):
         count = count_parameters(group["params"])
-        print(f"  weight decay {group['weight_decay']}: {len(group['params'])} tensors, {count:,} parameters")
+        print(f"  weight decay {group['weight_decay']:g}, learning rate x {group['lr_scale']:.3g}: {len(group['params'])} tensors, {count:,} parameters")
     print_memory(config, plan, parameters)
     return 0 if check_shards(config, ranks) else 2
 
@@ -139,7 +143,7 @@ def print_memory(config: RunConfig, plan: BatchPlan, parameters: int) -> None:
     )
     for stage in (None, 0, 1, 2, 3):
         activations = activation_bytes(config, plan.micro_batch, stage is not None)
-        states = [state_bytes(parameters, stage, config.engine.precision, n) for n in columns]
+        states = [state_bytes(parameters, stage, config, n) for n in columns]
         if stage == 3:  # its buffer for reducing gradients stays
             states = [size + REDUCE_BUCKET_SIZE * (2 if config.engine.precision != "no" else 4) for size in states]
         total = activations + states[columns.index(plan.ranks)]

@@ -23,7 +23,7 @@ def main() -> None:
     engine = build_engine(config, plan_batch(8, None, ranks.world_size), ranks)
     model = ViT(ViTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_dim=64, num_classes=4))
     model.init_weights(torch.Generator().manual_seed(0))
-    engine.prepare(model, build_optimizer(model, OptimizerConfig()), None)
+    engine.prepare(model, build_optimizer(model, OptimizerConfig(ema_decay=0.9), 1.0), None, 0.9)
     states, norms = [], []
     for step in range(4):
         torch.manual_seed(10 * step + ranks.rank)

@@ -28,7 +28,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
 def test_biases_norms_tokens_and_positions_are_not_decayed():
     with torch.device("meta"):
         model = ViT(ViTConfig())
-    decayed, plain = parameter_groups(model.named_parameters(), OptimizerConfig(weight_decay=0.3))
+    decayed, plain = parameter_groups(model.named_parameters(), OptimizerConfig(weight_decay=0.3), 1.0)
     assert decayed["weight_decay"] == 0.3
     assert plain["weight_decay"] == 0.0
     assert all(name.endswith("weight") and "norm" not in name for name in decayed["names"])
