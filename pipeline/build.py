@@ -16,15 +16,18 @@ from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
 from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
-from pipeline.engine import Engine, EngineConfig, build_engine, plan_batch
+from pipeline.engine import Engine, EngineConfig, build_engine, check_launcher, plan_batch
 from pipeline.errors import PeerLost, UserError
+from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
+from pipeline.monitor.jsonl import drop_lines_after
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
-from pipeline.runtime import Ranks, StopSignal, Vote
+from pipeline.runtime import Ranks, StopSignal, Vote, be_deterministic, read_accelerate, read_rendezvous
 from pipeline.schedule import learning_rate
 from pipeline.trainer import Trainer
+from pipeline.watchdog import Watchdog
 from pipeline.weights import fit_weights
 from vit.model import ViT, ViTConfig, training_flops
 
@@ -119,6 +122,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     """
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
     check_blocks(config.mix, plan.micro_batch, plan.micro_batch * plan.accumulation)
+    check_launcher(config.engine, plan, read_accelerate(os.environ))
+    settings = be_deterministic() if config.run.deterministic else {}
     engine = build_engine(config.engine, plan, ranks)
     if ranks.is_main:
         prepare_data(config, ranks)
@@ -135,7 +140,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         stop.watch(run_dir.file("STOP"))
     engine.barrier()
     run_dir.opened = True
-    start_step, state = restore(run_dir, engine, ranks)
+    start_step, state, facts = restore(run_dir, engine, ranks)
     stream = train_stream(
         config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
         config.run.seed, ranks, start_step,
@@ -144,7 +149,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     val, val_samples = build_evaluation(config, engine, ranks)
     devices = engine.device_names()
     if ranks.is_main and start_step < total_steps:
-        run_dir.start(to_yaml(config), classes, devices)
+        run_dir.start(to_yaml(config), classes, devices, settings)
     compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer, config.schedule.peak_lr)
     engine.prepare(model, optimizer, state, config.optimizer.ema_decay)
@@ -154,8 +159,17 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         for sink in sinks:
             sink.text("config", to_yaml(config))
     peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
-    facts = {"config": to_tree(config), "classes": classes}
-    saver = checkpoint.Saver(config.checkpoint, run_dir.checkpoints, engine, facts)
+    named = {"config": to_tree(config), "classes": classes}
+    saver = checkpoint.Saver(config.checkpoint, run_dir.checkpoints, engine, named)
+    if ranks.is_main:
+        drop_lines_after(run_dir.file("health.jsonl"), start_step)
+    saved = facts.get("health", {"counts": {}, "spikes": None})
+    detector = SpikeDetector.resume(config.health, saved["spikes"])
+    health = Health(config.health, engine, detector, run_dir.path, dict(saved["counts"]), devices)
+    watchdog = Watchdog(
+        config.health.hang_seconds, ranks, read_rendezvous(os.environ), run_dir.path, train.reading,
+        on_hang=lambda message: run_dir.end("failed", trainer.steps_done, message),
+    )  # fmt: skip
     trainer = Trainer(
         settings=config.run,
         engine=engine,
@@ -168,8 +182,12 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         sinks=sinks,
         meter=Meter(training_flops(config.model), peak, ranks.world_size),
         vote=Vote(stop, ranks, saver.wanted, config.engine.timeout_seconds),
+        health=health,
+        watchdog=watchdog,
         ledger=Ledger(engine, run_dir.path, start_step, config.data.max_bad_fraction, config.data.log_samples),
         saver=saver,
+        averaged_model=(lambda: averaged_model(config, engine)) if config.optimizer.ema_decay is not None else None,
+        skips=[(entry["first"], entry["last"]) for entry in run_dir.read("skipped.json") or []],
         profiler=build_profiler(config, run_dir) if ranks.is_main else None,
         class_names=classes or [],
         start_step=start_step,
@@ -180,6 +198,24 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         last_evaluation={},
     )
     return Run(config, ranks, engine, run_dir, trainer)
+
+
+def averaged_model(config: RunConfig, engine: Engine) -> ViT:
+    """A model with the moving average of the weights, on each rank's device. Collective."""
+    model = build_model(config.model, config.engine, config.run.seed)
+    model.load_state_dict(engine.averaged_weights())
+    return model.to(engine.device, engine.input_dtype)
+
+
+def roll_back(run: Run, spike: Rollback) -> None:
+    """Closes a run so that the next `build` goes on at its last checkpoint before a spike, whose steps are left out."""
+    run.trainer.close()
+    if run.ranks.is_main:
+        known = run.run_dir.read("skipped.json") or []
+        run.run_dir.write("skipped.json", [*known, {"first": spike.first, "last": spike.last, "reason": spike.reason}])
+        checkpoint.discard_after(run.run_dir.checkpoints, spike.first)
+    run.engine.barrier()
+    run.engine.release()
 
 
 def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> tuple[Loader | None, int]:
@@ -193,8 +229,8 @@ def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> tuple[L
     return Loader(stream, config.data.workers, engine.device), index.samples
 
 
-def restore(run_dir: RunDir, engine: Engine, ranks: Ranks) -> tuple[int, Any]:
-    """The step to go on from, and the state of the newest whole checkpoint."""
+def restore(run_dir: RunDir, engine: Engine, ranks: Ranks) -> tuple[int, Any, dict[str, Any]]:
+    """The step to go on from, and state and facts of the newest whole checkpoint."""
     # One rank reads and checks all of it, then the others need not.
     found = checkpoint.latest(run_dir.checkpoints) if ranks.is_main else None
     path, skipped = engine.gather_objects(found)[0]
@@ -202,10 +238,11 @@ def restore(run_dir: RunDir, engine: Engine, ranks: Ranks) -> tuple[int, Any]:
         for reason in skipped:
             print(f"skipped {reason}", file=sys.stderr)
     if path is None:
-        return 0, None
+        return 0, None, {}
     if ranks.is_main:
         print(f"resuming from {path}", flush=True)
-    return checkpoint.load_state(path)["step"], checkpoint.load(path)
+    facts = checkpoint.load_state(path)
+    return facts["step"], checkpoint.load(path), facts
 
 
 def build_profiler(config: RunConfig, run_dir: RunDir) -> Any:
@@ -262,6 +299,8 @@ def summary(run: Run, status: str, step: int, command: str) -> str:
     if "val/top1" in trainer.last_evaluation:
         found = trainer.last_evaluation
         lines.append(f"  held-out top-1  {found['val/top1']:.2%} of {found['val/count']:.0f} images")
+        if "val_ema/top1" in found:
+            lines.append(f"  of the average  {found['val_ema/top1']:.2%}")
     if trainer.meter.total_seconds:
         lines.append(f"  speed           {trainer.meter.total_images / trainer.meter.total_seconds:.0f} images/s")
     lines += [
@@ -280,7 +319,7 @@ def finished_evaluation(run_dir: RunDir) -> dict[str, float]:
             for line in file:
                 values = json.loads(line)
                 if "val/top1" in values:
-                    found = {k: v for k, v in values.items() if k.startswith("val/")}
+                    found = {k: v for k, v in values.items() if k.startswith("val")}
     except (OSError, ValueError):
         pass
     return found

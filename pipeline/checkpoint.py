@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-00001200` with full fp32 weights, moments and moving average (safetensors, of which each
 rank writes its share), `state.json`, and `manifest.json` with sizes and checksums, written last. It is written under
-another name, synced and renamed: a folder without a whole manifest is not a checkpoint. It fits any number of ranks, ZeRO
-stage and precision.
+another name, synced and renamed: a folder without a whole manifest is not a checkpoint. It fits any number of ranks,
+ZeRO stage and precision.
 """
 
 import argparse
@@ -64,14 +64,17 @@ class Saver:
         self.failure: str | None = None  # of the last attempt
         self.clock = time.monotonic()
 
-    def save(self, step: int, evaluation: dict[str, float]) -> None:
-        """Starts to write a checkpoint of `step`; a failure is kept in `failure`, and older checkpoints stay whole."""
+    def save(self, step: int, facts: dict[str, Any]) -> None:
+        """Starts to write a checkpoint of `step` with these facts, which have the last `evaluation`.
+
+        A failure is kept in `failure`, and older checkpoints stay whole.
+        """
         self.wait()
         self.clock = time.monotonic()
         ranks = self.engine.ranks
         state = self.engine.state()
         counters = {"step": step, "updates": state.updates, "loss_scale": state.loss_scale}
-        facts = {**counters, "evaluation": evaluation, **self.facts}
+        facts = {**counters, **facts, **self.facts}
         self.thread = threading.Thread(target=self._write, args=(step, state, facts), name=f"save-{ranks.rank}")
         self.thread.start()
 
@@ -176,6 +179,13 @@ def prune(folder: str, config: CheckpointConfig) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def discard_after(folder: str, step: int) -> None:
+    """Removes the checkpoints that lie after `step`."""
+    for path in _folders(folder):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
 def latest(folder: str) -> tuple[str | None, list[str]]:
     """The newest whole checkpoint of a folder, and why newer ones were skipped."""
     skipped: list[str] = []
@@ -236,7 +246,9 @@ def load_weights(path: str, ema: bool = False) -> dict[str, Tensor]:
     """
     weights = _load_parts(path, "ema" if ema else "model")
     if not weights:
-        raise UserError(f"{path}: holds no moving average of the weights: optimizer.ema_decay was null; leave --ema out")
+        raise UserError(
+            f"{path}: holds no moving average of the weights: optimizer.ema_decay was null; leave --ema out"
+        )
     return weights
 
 

@@ -21,6 +21,7 @@ from pipeline.data.loader import DataConfig
 from pipeline.data.mix import MixConfig
 from pipeline.engine import EngineConfig
 from pipeline.errors import UserError
+from pipeline.health import HealthConfig
 from pipeline.optimizer import OptimizerConfig
 from pipeline.options import option
 from pipeline.schedule import ScheduleConfig
@@ -55,6 +56,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = EngineConfig()
+    health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: tuple[Any, ...] = option(
         ("jsonl", "tensorboard", "progress"), "where metrics go", plugins="monitor", may_change=True

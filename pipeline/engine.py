@@ -91,6 +91,36 @@ def plan_batch(global_batch: int, micro_batch: int | None, ranks: int) -> BatchP
     return BatchPlan(global_batch, micro, rows // micro, ranks)
 
 
+def check_launcher(config: EngineConfig, plan: BatchPlan, said: dict[str, str]) -> None:
+    """Holds what `accelerate launch` was told (`runtime.read_accelerate`) against our config.
+
+    Raises:
+        UserError: a contradiction, or something that only Accelerate's own configuration could ask for.
+    """
+    ours = {
+        "engine.precision": config.precision,
+        "accumulation": plan.accumulation,
+        "engine.grad_clip": config.grad_clip,
+        "engine.zero_stage": config.zero_stage,
+        "engine.offload_optimizer": "cpu" if config.offload_optimizer else "none",
+    }
+    for key, value in said.items():
+        if key not in ours:
+            raise UserError(
+                f"accelerate launch: {key}={value}: not used here; take it out of Accelerate's configuration"
+                " (engine.* are this project's options, launch/accelerate/ has files that fit)"
+            )
+        number = value.replace(".", "", 1).isdigit()
+        same = float(value) == ours[key] if number and ours[key] is not None else value == str(ours[key])
+        if not same and not (key == "accumulation" and value == "1"):  # its default
+            name = "gradient_accumulation_steps" if key == "accumulation" else key.removeprefix("engine.")
+            fix = "engine.micro_batch_size" if key == "accumulation" else f"{key}={value}"
+            raise UserError(
+                f"accelerate launch was told {name}={value}, but this config has {key}="
+                f"{'null' if ours[key] is None else ours[key]}; set {fix}, or mend Accelerate's configuration"
+            )
+
+
 @dataclass
 class TrainingState:
     """A model and its optimizer, whatever the strategy: full fp32 tensors by parameter name, on the CPU."""
@@ -164,6 +194,10 @@ class Engine:
         """Around forward and backward of one micro batch; gradients are reduced in the last of a step only."""
         with self.accelerator.accumulate(self.model):
             yield
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """For a model that is not wrapped: the precision in which the wrapped one computes."""
+        return self.accelerator.autocast()
 
     def backward(self, loss: Tensor) -> None:
         """`loss` is the micro batch's share of the global mean; gradients are averaged over ranks afterwards."""
@@ -274,6 +308,12 @@ class Engine:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """Everybody's `values` (1, n), by rank: (ranks, n). Collective, on the device."""
+        rows = values.new_zeros(self.ranks.world_size, values.shape[1])
+        rows[self.ranks.rank] = values[0]
+        return self.reduce_sum(rows)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Everybody's value, by rank. Collective; for rare and small things."""
         if self.ranks.world_size == 1:
@@ -292,7 +332,7 @@ class Engine:
             torch.distributed.barrier()
 
     def release(self) -> None:
-        """Gives up model, optimizer and Accelerate's state, but stays in the process group: another engine may follow."""
+        """Gives up model, optimizer and Accelerate's state; another engine may follow in the same process group."""
         from accelerate.state import AcceleratorState
 
         self.accelerator.free_memory()

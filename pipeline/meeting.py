@@ -12,14 +12,14 @@ from pipeline.runtime import Rendezvous
 
 
 class Meeting:
-    """Rank 0 hosts the store, unless the launcher does. All times are in seconds."""
+    """Rank 0 hosts the store, unless the launcher does or `hosts` is False. All times are in seconds."""
 
-    def __init__(self, rank: int, world_size: int, place: Rendezvous, timeout: float):
+    def __init__(self, rank: int, world_size: int, place: Rendezvous, timeout: float, hosts: bool = True):
         """Raises UserError where rank 0 can't listen at the address, or where nobody answers there."""
         from torch.distributed import DistError, PrefixStore, TCPStore
 
         self.rank, self.world_size, self.timeout, self.errors = rank, world_size, timeout, DistError
-        hosts = rank == 0 and not place.hosted
+        hosts = hosts and rank == 0 and not place.hosted
         try:
             store = TCPStore(
                 place.address, place.port, is_master=hosts, timeout=timedelta(seconds=timeout), wait_for_workers=False

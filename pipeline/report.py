@@ -126,7 +126,8 @@ def dry_run(config: RunConfig, ranks: Ranks) -> int:
     print("parameter groups:")
     for group in parameter_groups(model.named_parameters(), config.optimizer, config.schedule.peak_lr):
         count = count_parameters(group["params"])
-        print(f"  weight decay {group['weight_decay']:g}, learning rate x {group['lr_scale']:.3g}: {len(group['params'])} tensors, {count:,} parameters")
+        print(f"  weight decay {group['weight_decay']:g}, learning rate x {group['lr_scale']:.3g}:"
+              f" {len(group['params'])} tensors, {count:,} parameters")  # fmt: skip
     print_memory(config, plan, parameters)
     return 0 if check_shards(config, ranks) else 2
 

@@ -75,12 +75,12 @@ class RunDir:
             file.write(text)
         os.replace(partial, self.file(name))
 
-    def start(self, config_yaml: str, classes: list[str] | None, devices: list[str]) -> None:
-        """Writes what this start of the run is; `devices` names each rank's."""
+    def start(self, config_yaml: str, classes: list[str] | None, devices: list[str], settings: dict[str, Any]) -> None:
+        """Writes what this start of the run is; `devices` names each rank's, `settings` what makes it deterministic."""
         self.write("config.yaml", config_yaml)
         if classes is not None:
             self.write("classes.json", classes)
-        self.write("manifest.json", manifest(devices))
+        self.write("manifest.json", manifest(devices) | {"deterministic": settings})
 
     def end(self, status: str, step: int, reason: str) -> None:
         """`exit.json` for launchers, which hide exit codes; the first of several ranks that fail writes it."""

@@ -97,6 +97,48 @@ def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     )
 
 
+def read_accelerate(environ: Any) -> dict[str, str]:
+    """Takes what `accelerate launch` was told of the strategy out of its variables, by option of ours.
+
+    Accelerate itself must not see it: the config alone says what is trained, and the engine holds the two together.
+    """
+    names = {
+        "ACCELERATE_MIXED_PRECISION": "engine.precision",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "accumulation",
+        "ACCELERATE_GRADIENT_CLIPPING": "engine.grad_clip",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "engine.zero_stage",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "engine.offload_optimizer",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
+        "ACCELERATE_USE_FSDP": "use_fsdp",
+        "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend",
+    }
+    said = {option: environ.pop(name) for name, option in names.items() if name in environ}
+    if environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        said.setdefault("engine.zero_stage", "2")  # Accelerate's own default
+    environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    silent = ("none", "auto", "false", "")  # and "no": the precision that is passed where nothing was said
+    return {option: value for option, value in said.items() if value.lower() not in (*silent, "no")}
+
+
+def be_deterministic() -> dict[str, Any]:
+    """The same results bit for bit in each run on the same ranks and devices. Before the first use of a device.
+
+    Returns what was set, for the manifest.
+    """
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over memory
+    return {
+        "torch.use_deterministic_algorithms": True,
+        "torch.backends.cudnn.benchmark": False,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -118,7 +160,7 @@ class StopSignal:
 
     def watch(self, file: str) -> None:
         """Looks for this file from now on; one that an earlier start has left goes."""
-        if os.path.exists(file):
+        if self.file is None and os.path.exists(file):
             os.remove(file)
         self.file = file
 

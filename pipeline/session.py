@@ -65,19 +65,24 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         from pipeline.report import dry_run
 
         return dry_run(config, ranks)
-    from pipeline.build import build, explain, finished_evaluation, summary
+    from pipeline.build import build, explain, finished_evaluation, roll_back, summary
+    from pipeline.health import Rollback
     from pipeline.run_dir import RunDir
 
     run_dir = RunDir(config.run.dir)
     run: Any = None
     try:
-        run = build(config, ranks, stop, run_dir)
-        complete = run.trainer.start_step >= run.trainer.total_steps
+        ended = None
+        while ended is None:
+            run = build(config, ranks, stop, run_dir)
+            try:
+                complete = run.trainer.start_step >= run.trainer.total_steps
+                ended = ("finished", run.trainer.start_step) if complete else run.trainer.fit()
+            except Rollback as spike:
+                roll_back(run, spike)
+        status, step = ended
         if complete:
             run.trainer.last_evaluation = finished_evaluation(run_dir)
-            status, step = "finished", run.trainer.start_step
-        else:
-            status, step = run.trainer.fit()
         run.trainer.close()
         if ranks.is_main:
             reason = "all steps done" if status == "finished" else f"{stop.name or 'a stop on another rank'}"

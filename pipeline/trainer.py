@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint import Saver
 from pipeline.data.loader import Batch, Loader
@@ -15,12 +15,14 @@ from pipeline.data.mix import MixConfig, mix
 from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
 from pipeline.errors import UserError
+from pipeline.health import Health
 from pipeline.ledger import Ledger
 from pipeline.metrics import Sums
 from pipeline.monitor.meter import Meter
 from pipeline.monitor.sink import Sink
 from pipeline.options import option
 from pipeline.runtime import Vote
+from pipeline.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class RunSettings:
     epochs: float | None = option(None, "length in passes over the training data", may_change=True)
     log_every_steps: int = option(20, "steps between log lines", may_change=True)
     evaluate_every_steps: int | None = option(None, "steps between evaluations; null: at the end", may_change=True)
+    deterministic: bool = option(False, "the same losses bit for bit in each run on the same ranks", may_change=True)
     profile: ProfileConfig = option(ProfileConfig(), "torch profiler", may_change=True)
 
     def __post_init__(self) -> None:
@@ -81,8 +84,12 @@ class Trainer:
     sinks: list[Sink]
     meter: Meter
     vote: Vote
+    health: Health
+    watchdog: Watchdog
     ledger: Ledger
     saver: Saver
+    averaged_model: Callable[[], nn.Module] | None  # the moving average of the weights, if there is one
+    skips: Sequence[tuple[int, int]]  # first and last step (from 0) of batches that are left out
     profiler: Any
     class_names: list[str]
     start_step: int
@@ -94,25 +101,31 @@ class Trainer:
     bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
 
     def fit(self) -> tuple[str, int]:
-        """Trains to the end or to a signal. Returns how it ended ("finished" or "saved") and after which step."""
+        """Trains to the end or to a signal. Returns how it ended ("finished" or "saved") and after which step.
+
+        Raises:
+            Rollback: a loss spike, behind which the config wants to go back.
+        """
         sums, saved = Sums(self.engine), self.start_step
         step = self.start_step
         batches = iter(self.train)
         self.meter.reset()
-        batch = self._next(batches)
+        batch = self._next(step, batches)
         self._show_inputs(step, batch)
         while step < self.total_steps:
+            self.watchdog.beat("vote", step)
             agreed = self.vote.finish()
             if agreed.stop:
                 break
-            result = self.step(step, batch, agreed.valid_rows)
+            if not any(first <= step <= last for first, last in self.skips):
+                result = self.step(step, batch, agreed.valid_rows)
+                for metrics in result.metrics:
+                    sums.add(metrics)
             self.ledger.add(step, batch)
             self.bad_rows_seen |= agreed.valid_rows < self.engine.plan.global_batch
             self.steps_done = step = step + 1
-            for metrics in result.metrics:
-                sums.add(metrics)
             if due(step, self.settings.log_every_steps, self.total_steps):
-                self._log(step, sums.read(), result.grad_norm)
+                self._log(step, sums)
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
                 self.evaluate(step)
             if due(step, self.saver.config.every_steps, self.total_steps) or agreed.save:
@@ -120,45 +133,68 @@ class Trainer:
                 saved = step
             self._tell(step)
             if step < self.total_steps:
-                batch = self._next(batches)
+                batch = self._next(step, batches)
         if step != saved and step > 0:
             self._save(step)
+        self.watchdog.beat("save", step)
         self.saver.finish()
         return ("finished" if step == self.total_steps else "saved"), step
 
     def step(self, step: int, batch: Batch, valid_rows: int) -> StepResult:
         """One optimizer step over this rank's rows of global batch `step`, of which `valid_rows` count on all ranks."""
         engine, plan = self.engine, self.engine.plan
-        self.engine.model.train()
-        metrics = []
+        engine.model.train()
+        metrics: list[dict[str, Tensor]] = []
         for number, micro in enumerate(batch.split(plan.micro_batch)):
+            self.watchdog.beat("forward", step)
             seed_dropout(self.settings.seed, step, engine.ranks.rank, number)
             with engine.micro_step():
                 inputs = normalised(micro, engine.input_dtype)
                 if self.mix.on:
                     inputs = self._mixed(inputs, step, engine.ranks.rank * len(batch) + number * plan.micro_batch)
-                loss_sum, values = self.objective(engine.model, inputs)
-                engine.backward(loss_sum / max(valid_rows, 1))
+                with self.meter.forward_pass():
+                    loss_sum, values = self.objective(engine.model, inputs)
+                if step == self.health.config.nan_at_step and engine.ranks.rank == plan.ranks - 1:
+                    loss_sum, values = loss_sum * float("nan"), {**values, "loss": values["loss"] * float("nan")}
                 metrics.append(values)
-        return StepResult(engine.step(self.schedule(step)), metrics)
+                loss = loss_sum / max(valid_rows, 1)
+                if number == plan.accumulation - 1:
+                    total, count = (torch.stack([m[name] for m in metrics]).sum() for name in ("loss", "count"))
+                    loss = self.health.guarded(loss, total, count)
+                self.watchdog.beat("backward", step)
+                engine.backward(loss)
+        self.watchdog.beat("update", step)
+        grad_norm = engine.step(self.schedule(step))
+        self.health.add(step, total, count, grad_norm, batch.keys)
+        self.watchdog.start()
+        return StepResult(grad_norm, [finite_only(values) for values in metrics])
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Counts every validation sample once, on any number of ranks."""
         if self.val is None:
             return {}
-        self.engine.model.eval()
-        sums = Sums(self.engine)
-        for batch in self.val:
-            sums.add(self.objective(self.engine.model, normalised(batch, self.engine.input_dtype))[1])
-            self.ledger.note(step, "val", batch)
-        self.last_evaluation = {f"val/{name}": value for name, value in sums.read().items()}
+        self.last_evaluation = self._evaluated(step, self.engine.model, "val")
+        if self.averaged_model is not None:
+            self.last_evaluation |= self._evaluated(step, self.averaged_model(), "val_ema")
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._stop_if(self.ledger.settle("val", self.val_samples), step)
         self._show("scalars", step, self.last_evaluation)
         self.meter.reset()
         return self.last_evaluation
+
+    def _evaluated(self, step: int, model: nn.Module, name: str) -> dict[str, float]:
+        assert self.val is not None
+        model.eval()
+        sums = Sums(self.engine)
+        for batch in self.val:
+            self.watchdog.beat("evaluate", step)
+            with self.engine.autocast():
+                sums.add(self.objective(model, normalised(batch, self.engine.input_dtype))[1])
+            if model is self.engine.model:
+                self.ledger.note(step, "val", batch)
+        return {f"{name}/{key}": value for key, value in sums.read().items()}
 
     def _mixed(self, batch: Batch, step: int, first_row: int) -> Batch:
         images, targets = mix(
@@ -167,32 +203,41 @@ class Trainer:
         )  # fmt: skip
         return replace(batch, images=images, targets=targets)
 
-    def _log(self, step: int, means: dict[str, float], grad_norm: Tensor) -> None:
-        if not means["loss"] == means["loss"] or abs(means["loss"]) == float("inf"):
-            raise UserError(
-                f"step {step}: the loss is {means['loss']}; nothing was saved since the last checkpoint; lower"
-                " schedule.peak_lr, or set engine.precision=no, and start again"
-            )
-        values = {"loss": means["loss"], "top1": means["top1"], "learning_rate": self.schedule(step - 1)}
+    def _log(self, step: int, sums: Sums) -> None:
+        self.watchdog.beat("log", step)
+        records = self.health.read()
+        self.health.renew()
+        self._settle(step)
+        means = sums.read() if records else {"count": 0.0}
+        values = {"learning_rate": self.schedule(step - 1)}
         if self.epoch_rows is not None:
             values["epoch"] = step * self.engine.plan.global_batch / self.epoch_rows
-        self._settle(step)
+        if means.pop("count"):
+            values = {**means, **values}
+        norms = [record.grad_norm for record in records if record.finite]
+        if norms:
+            values["grad_norm"] = norms[-1]
+        values |= self.health.name_slow_ranks(step, self.meter.forward_seconds(), self.meter.waited)
+        values |= {name: float(count) for name, count in self.health.counts.items()}
+        if self.skips:
+            values["skipped_steps"] = sum(min(last + 1, step) - first for first, last in self.skips if first < step)
         if self.saver.failure is not None:
             values["checkpoint_failed"] = 1.0
         if self.ledger.total:
             values["bad_samples"] = self.ledger.total
             values |= {f"bad_samples/rank{rank}": count for rank, count in sorted(self.ledger.by_rank.items())}
-        values |= {"grad_norm": float(grad_norm), **self.meter.read()}
+        values |= self.meter.read()
         self._show("scalars", step, values)
 
     def _stop_if(self, problem: str | None, step: int) -> None:
         if problem is not None:
-            self.saver.save(step, self.last_evaluation)  # nothing is wrong with the weights: the rows were masked
+            self.saver.save(step, self._facts())  # nothing is wrong with the weights: the rows were masked
             self.saver.finish()
             raise UserError(problem)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, whose valid rows and the wish to stop are told to all ranks."""
+    def _next(self, step: int, batches: Iterator[Batch]) -> Batch:
+        """The batch of `step`, whose valid rows and the wish to stop are told to all ranks."""
+        self.watchdog.beat("data", step)
         began = time.perf_counter()
         batch = next(batches)
         self.meter.add(self.engine.plan.global_batch, time.perf_counter() - began)
@@ -200,8 +245,14 @@ class Trainer:
         return batch
 
     def _save(self, step: int) -> None:
+        self.watchdog.beat("save", step)
+        self.health.read()  # a spike must not be saved
         self._settle(step)
-        self.saver.save(step, self.last_evaluation)
+        self.saver.save(step, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the training state."""
+        return {"evaluation": self.last_evaluation, "health": self.health.saved(), "skipped_steps": list(self.skips)}
 
     def _settle(self, step: int) -> None:
         if self.bad_rows_seen:
@@ -226,6 +277,7 @@ class Trainer:
                 print(f"warning: {type(sink).__name__}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        self.watchdog.stop()
         self.ledger.close()
         self.saver.wait()
         for sink in self.sinks:
@@ -239,6 +291,12 @@ def normalised(batch: Batch, dtype: torch.dtype) -> Batch:
     """uint8 pixels to [-1, 1], as the original release has them: (B, 3, S, S)."""
     images = batch.images.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
     return replace(batch, images=images)
+
+
+def finite_only(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics that count nowhere where the loss is not finite, without asking the device."""
+    finite = values["loss"].isfinite()
+    return {name: torch.where(finite, value, 0) for name, value in values.items()}
 
 
 def seed_dropout(*key: int) -> None:

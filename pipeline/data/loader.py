@@ -20,11 +20,12 @@ from pipeline.data.decode import decode
 from pipeline.data.index import Index, expand_urls
 from pipeline.data.order import AUGMENT, Order, Plan, auto_lanes, keyed_generator
 from pipeline.data.reader import OrderedSamples, ResampledSamples, Sample
-from pipeline.data.source import ReadConfig, Source
+from pipeline.data.source import ReadConfig, Source, read_board
 from pipeline.errors import UserError
 from pipeline.options import option
 from pipeline.runtime import Ranks, ignore_signals
 
+BOARD_BYTES = 512
 PREFETCH = 4  # parts of batches that a worker has under way
 
 
@@ -168,11 +169,12 @@ def evaluation_stream(
 class Reader(IterableDataset):
     """Reads, decodes and augments a worker's lanes; yields their part of each batch, or a UserError.
 
-    `rings` has a tensor (slots, rows, S, S, 3) of shared memory for each worker, which are written in turn.
+    `rings` has a tensor (slots, rows, S, S, 3) of shared memory for each worker, which are written in turn; `boards`
+    one of bytes, where it says what it is reading.
     """
 
-    def __init__(self, stream: Stream, rings: list[Tensor]):
-        self.stream, self.rings = stream, rings
+    def __init__(self, stream: Stream, rings: list[Tensor], boards: list[Tensor]):
+        self.stream, self.rings, self.boards = stream, rings, boards
 
     def __iter__(self) -> Iterator[Part | UserError]:
         worker = get_worker_info()
@@ -191,7 +193,7 @@ class Reader(IterableDataset):
         return self.stream.plan.lanes_of(ranks.rank, ranks.world_size, worker, workers)
 
     def _samples(self, worker: int, workers: int) -> OrderedSamples | ResampledSamples:
-        stream, source = self.stream, Source(self.stream.limits)
+        stream, source = self.stream, Source(self.stream.limits, self.boards[worker].numpy())
         if stream.index is not None:
             return OrderedSamples(stream.index, stream.order, source, stream.num_classes)
         pool = stream.order.window * len(self._lanes(worker, workers))
@@ -266,8 +268,9 @@ class Loader:
         ]
         for ring in self.rings:
             ring.share_memory_()
+        self.boards = [torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_() for _ in lanes]
         self.loader = DataLoader(
-            Reader(stream, self.rings),
+            Reader(stream, self.rings, self.boards),
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -296,6 +299,10 @@ class Loader:
         keys, bad = [key for part in parts for key in part.keys], [entry for part in parts for entry in part.bad]
         chunk = images.permute(0, 3, 1, 2)  # (B, 3, S, S) in channels-last memory
         return Batch(chunk, labels, valid, keys, int(valid.sum()), bad).to(self.device)
+
+    def reading(self) -> list[str]:
+        """What the workers are reading at this moment, those that are."""
+        return [text for board in self.boards if (text := read_board(board.numpy()))]
 
     def close(self) -> None:
         """Ends the worker processes."""

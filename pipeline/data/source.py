@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import fsspec
+import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.options import option
@@ -49,9 +50,11 @@ class Source:
     """Reads by one set of limits. Made anew in each process that reads; its methods may be called from any thread."""
 
     limits: ReadConfig = field(default_factory=ReadConfig)
+    board: np.ndarray | None = None  # bytes that another process may see: the read that has lasted longest
 
     def __post_init__(self) -> None:
         self.pipes = Pipes()
+        self.reads: dict[int, str] = {}  # under way, by thread
         self.given_up: set[str] = set()  # what a deadline has passed for is tried only once each time after
 
     def size(self, url: str) -> int:
@@ -97,7 +100,8 @@ class Source:
             return bytes(data)
 
         end = time.monotonic() + self.limits.deadline_seconds
-        return self._try(url, go_on, lambda: start + len(data))
+        with self._shown(f"{url} from byte {start}"):
+            return self._try(url, go_on, lambda: start + len(data))
 
     def stream(self, url: str) -> Iterator[bytes]:
         """The whole file from its beginning, of unknown length, in one pass."""
@@ -113,6 +117,19 @@ class Source:
         for _, _, process in self.pipes.open:
             stop_command(process)
         self.pipes.open.clear()
+
+    @contextlib.contextmanager
+    def _shown(self, text: str) -> Iterator[None]:
+        if self.board is None:
+            yield
+            return
+        self.reads[threading.get_ident()] = text
+        write_board(self.board, list(self.reads.values())[0])  # noqa: RUF015  # a copy: other threads change it
+        try:
+            yield
+        finally:
+            del self.reads[threading.get_ident()]
+            write_board(self.board, (list(self.reads.values()) or [""])[0])
 
     def _try(self, url: str, attempt: Callable[[], Any], reached: Callable[[], int]) -> Any:
         end, pause, before = time.monotonic() + self.limits.deadline_seconds, 0.2, reached()
@@ -162,6 +179,15 @@ class Source:
         if not self.limits.allow_pipe:
             raise UserError(f"{url}: this is a shell command; set data.read.allow_pipe=true to let it run")
         return url.removeprefix("pipe:")
+
+
+def write_board(board: np.ndarray, text: str) -> None:
+    content = text.encode()[: len(board) - 1]
+    board[: len(content) + 1] = np.frombuffer(content + b"\0", np.uint8)
+
+
+def read_board(board: np.ndarray) -> str:
+    return board.tobytes().split(b"\0")[0].decode(errors="replace")
 
 
 def is_local(url: str) -> bool:

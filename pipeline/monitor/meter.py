@@ -1,6 +1,10 @@
 """Throughput, share of time spent waiting for data, and model FLOPs utilisation."""
 
+import contextlib
 import time
+from collections.abc import Iterator
+
+import torch
 
 # Dense bf16 peaks of the data sheets, in FLOP/s.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -20,6 +24,28 @@ class Meter:
 
     def reset(self) -> None:
         self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
+        self.passes: list[float] = []  # seconds
+        self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around a forward pass, in which no rank waits for another: its time tells a slow rank."""
+        if torch.cuda.is_available():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self.marks.append((begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.passes.append(time.perf_counter() - began)
+
+    def forward_seconds(self) -> list[float]:
+        """Of each forward pass since the last `read`. Waits for the device: for log steps."""
+        if self.marks:
+            self.marks[-1][1].synchronize()
+        return self.passes + [begin.elapsed_time(end) / 1000 for begin, end in self.marks]
 
     def add(self, images: int, waited_seconds: float) -> None:
         self.images += images

@@ -1,0 +1,129 @@
+"""Explains a hang, then ends it: a thread on each rank that notices when its rank gets nowhere."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.errors import PeerLost, UserError
+from pipeline.meeting import Meeting
+from pipeline.runtime import Ranks, Rendezvous
+
+EXIT_HANG = 3
+NAMED_RANKS = 8  # that a message names
+PHASES = ("data", "vote", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
+
+
+class Watchdog:
+    """Armed by `start`, after the first step. The training loop says where it is by `beat`, which costs nothing.
+
+    Ranks tell each other where they are over the store in which they met: what a hang's message says of the others.
+    """
+
+    def __init__(
+        self,
+        hang_seconds: float | None,
+        ranks: Ranks,
+        place: Rendezvous,
+        folder: str,
+        reading: Callable[[], list[str]],
+        on_hang: Callable[[str], None],
+    ):
+        self.hang_seconds, self.ranks, self.place, self.folder = hang_seconds, ranks, place, folder
+        self.reading, self.on_hang = reading, on_hang
+        self.now: tuple[int, str, float] = (0, "data", time.monotonic())  # step, phase, since when
+        self.stopped = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def beat(self, phase: str, step: int) -> None:
+        """This rank begins `phase` of `step` (counted from 0)."""
+        self.now = step, phase, time.monotonic()
+
+    def start(self) -> None:
+        if self.hang_seconds is not None and self.thread is None:
+            self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self.thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join(timeout=5.0)
+
+    def _watch(self) -> None:
+        assert self.hang_seconds is not None
+        interval = min(5.0, self.hang_seconds / 5)
+        if self.ranks.world_size > 1:  # apart from this thread: a store that hangs must not keep it
+            threading.Thread(target=self._tell, args=(interval,), name="watchdog-tell", daemon=True).start()
+        while not self.stopped.wait(interval):
+            step, phase, since = self.now
+            if time.monotonic() - since > self.hang_seconds and self.now[2] == since:
+                self._end(self._explain(step, phase, interval))
+
+    def _tell(self, interval: float) -> None:
+        with contextlib.suppress(UserError, PeerLost):  # without a store a hang is explained without the others
+            meeting = self._meet(interval)
+            while not self.stopped.wait(interval):
+                step, phase, _ = self.now
+                meeting.tell("beat", {"step": step, "phase": phase, "reading": self.reading(), "at": time.time()})
+
+    def _meet(self, timeout: float) -> Meeting:
+        return Meeting(self.ranks.rank, self.ranks.world_size, self.place, timeout, hosts=False)
+
+    def _explain(self, step: int, phase: str, interval: float) -> str:
+        reading = "; ".join(self.reading()) or "none"
+        text = f"got nowhere for {self.hang_seconds:g} s in phase '{phase}' of step {step + 1}, reading {reading}"
+        if self.ranks.world_size == 1:
+            return text
+        told: list[dict[int, Any]] = []
+        asking = threading.Thread(target=self._ask, args=(told, interval), daemon=True)
+        asking.start()
+        asking.join(3 * interval + 5)
+        if not told:
+            return f"{text}; rank 0, which hosts the store, does not answer: it hangs itself, or its node is gone"
+        late = self._late(told[0], (step, phase), interval)
+        more = f" and {len(late) - NAMED_RANKS} more" if len(late) > NAMED_RANKS else ""
+        return f"{text}; did not arrive: {', '.join(late[:NAMED_RANKS]) or 'nobody is behind'}{more}"
+
+    def _ask(self, told: list[dict[int, Any]], interval: float) -> None:
+        with contextlib.suppress(UserError, PeerLost):
+            told.append(self._meet(interval).collect("beat", timeout=2 * interval))
+
+    def _late(self, told: dict[int, Any], here: tuple[int, str], interval: float) -> list[str]:
+        """The ranks that are silent, or behind this one."""
+        late = []
+        for rank in range(self.ranks.world_size):
+            if rank == self.ranks.rank:
+                continue
+            if rank not in told:
+                late.append(f"rank {rank}: no word")
+                continue
+            beat = told[rank]
+            age = time.time() - beat["at"]
+            if age > 3 * interval or place_of(beat["step"], beat["phase"]) < place_of(*here):
+                shards = f", reading {'; '.join(beat['reading'])}" if beat["reading"] else ""
+                late.append(
+                    f"rank {rank}: last heard of {age:.0f} s ago, in phase '{beat['phase']}' of step"
+                    f" {beat['step'] + 1}{shards}"
+                )
+        return late
+
+    def _end(self, text: str) -> None:
+        message = f"rank {self.ranks.rank}: {text}"
+        path = os.path.join(self.folder, f"hang-rank{self.ranks.rank}.txt")
+        print(f"\nerror: {message}; stacks of all threads: {path}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(message + "\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        with contextlib.suppress(Exception):
+            self.on_hang(message)
+        os._exit(EXIT_HANG)
+
+
+def place_of(step: int, phase: str) -> tuple[int, int]:
+    return step, PHASES.index(phase)
