@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import sys
 import threading
@@ -122,6 +123,8 @@ class Watchdog:
             faulthandler.dump_traceback(file=file, all_threads=True)
         with contextlib.suppress(Exception):
             self.on_hang(message)
+        for worker in multiprocessing.active_children():  # one that hangs would outlive its rank
+            worker.kill()
         os._exit(EXIT_HANG)
 
 
