@@ -16,7 +16,7 @@ from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
 from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
-from pipeline.engine import Engine, EngineConfig, build_engine, check_launcher, plan_batch
+from pipeline.engine import Engine, EngineConfig, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
 from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
@@ -24,7 +24,7 @@ from pipeline.monitor.jsonl import drop_lines_after
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
-from pipeline.runtime import Ranks, StopSignal, Vote, be_deterministic, read_accelerate, read_rendezvous
+from pipeline.runtime import Ranks, StopSignal, Vote, be_deterministic, read_rendezvous
 from pipeline.schedule import learning_rate
 from pipeline.trainer import Trainer
 from pipeline.watchdog import Watchdog
@@ -122,7 +122,6 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     """
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
     check_blocks(config.mix, plan.micro_batch, plan.micro_batch * plan.accumulation)
-    check_launcher(config.engine, plan, read_accelerate(os.environ))
     settings = be_deterministic() if config.run.deterministic else {}
     engine = build_engine(config.engine, plan, ranks)
     if ranks.is_main:

@@ -6,6 +6,7 @@ One class for each strategy, with one interface; the trainer doesn't know which 
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -143,7 +144,6 @@ class Engine:
                 f"{ranks.world_size} ranks were started but {self.accelerator.num_processes} joined;"
                 " start with torchrun, accelerate launch --multi_gpu, deepspeed or srun"
             )
-        assert self.accelerator.gradient_accumulation_steps == plan.accumulation
 
     def _connect(self) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -183,6 +183,7 @@ class Engine:
         if state is not None:
             load_weights(model, state.weights)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        assert self.accelerator.gradient_accumulation_steps == self.plan.accumulation
         self.slots = moment_names(self.torch_optimizer()) + ((EMA,) if ema_decay is not None else ())
         self._create_slots(0 if state is None else state.updates)
         if state is not None:
@@ -333,9 +334,10 @@ class Engine:
 
     def release(self) -> None:
         """Gives up model, optimizer and Accelerate's state; another engine may follow in the same process group."""
-        from accelerate.state import AcceleratorState
+        from accelerate.state import AcceleratorState, GradientState
 
         self.accelerator.free_memory()
+        GradientState._reset_state()
         AcceleratorState._reset_state(reset_partial_state=True)
 
     def close(self) -> None:
@@ -368,8 +370,12 @@ class DeepSpeedEngine(Engine):
         from accelerate.utils import DeepSpeedPlugin, DistributedType
 
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        # DeepSpeed calls them by their older names, in each step.
+        warnings.filterwarnings("ignore", r"`?torch\.distributed\..* is deprecated", FutureWarning)
         plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
-        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin, gradient_accumulation_steps=self.plan.accumulation, kwargs_handlers=handlers
+        )
         assert accelerator.distributed_type == DistributedType.DEEPSPEED
         return accelerator
 
@@ -501,6 +507,7 @@ class DeepSpeedEngine(Engine):
     def release(self) -> None:
         self.model.destroy()
         super().release()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # Accelerate's own, which would make the next engine one too
 
 
 def parameter_size(parameter: nn.Parameter) -> int:

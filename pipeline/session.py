@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from pipeline.errors import PeerLost, UserError
-from pipeline.runtime import StopSignal, export_ranks, read_ranks
+from pipeline.runtime import StopSignal, export_ranks, read_accelerate, read_ranks
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = 1
@@ -66,9 +66,12 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
 
         return dry_run(config, ranks)
     from pipeline.build import build, explain, finished_evaluation, roll_back, summary
+    from pipeline.engine import check_launcher, plan_batch
     from pipeline.health import Rollback
     from pipeline.run_dir import RunDir
 
+    plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
+    check_launcher(config.engine, plan, read_accelerate(os.environ))
     run_dir = RunDir(config.run.dir)
     run: Any = None
     try:

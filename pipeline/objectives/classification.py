@@ -28,7 +28,9 @@ class Config:
         losses = self.per_row(logits, batch.labels, batch.targets) * batch.valid  # (B,)
         with torch.no_grad():
             true = logits.gather(1, batch.labels[:, None])  # (B, 1)
-            above = (logits > true).sum(1)  # (B,): classes that are ranked above the true one
+            earlier = torch.arange(logits.shape[1], device=logits.device) < batch.labels[:, None]  # (B, classes)
+            # (B,): classes that are ranked above the true one; of equal logits the first counts, as for argmax
+            above = ((logits > true) | ((logits == true) & earlier)).sum(1)
             finite = logits.isfinite().all(1) & batch.valid
             metrics = {
                 "top1": ((above < 1) & finite).sum(),

@@ -1,0 +1,149 @@
+"""Every strategy, precision and number of ranks trains the same, and resumes what any other has saved.
+
+Four launches of torchrun (1, 2, 4 and again 1 rank) play all cells one after another (matrix.py): each cell trains six
+steps of batch 64 in micro batches of 8, with clipping and a moving average, and saves after steps 4 and 6.
+"""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from tests.conftest import ROOT, environment, free_port
+
+TINY = ["run.epochs=null", "run.steps=6", "run.log_every_steps=1", "data.workers=0", "data.log_samples=true",
+        "monitor=[jsonl]", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
+        "model.head_bias=-1.0", "schedule.warmup_steps=1", "schedule.peak_lr=3e-3", "engine.grad_clip=0.5",
+        "engine.micro_batch_size=8", "optimizer.ema_decay=0.9", "checkpoint.every_steps=4",
+        "checkpoint.keep_last=9"]  # fmt: skip
+STRATEGIES = ["null", "0", "1", "2", "3"]
+CELLS = [f"{ranks}-{stage}-{precision}" for ranks in (1, 2, 4) for stage in STRATEGIES for precision in ("no", "bf16")]
+MORE = {  # beside the matrix: cell -> its own options
+    "2-1-no-offload": ["engine.offload_optimizer=true"],
+    "2-2-bf16-offload": ["engine.offload_optimizer=true"],
+    "2-3-bf16-offload": ["engine.offload_optimizer=true"],
+    "2-null-bf16-half": ["engine.reduce_precision=half"],
+    "2-2-bf16-half": ["engine.reduce_precision=half"],
+    "1-null-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
+    "2-null-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
+    "2-0-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
+    "2-2-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
+    "2-3-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
+}
+# Saved by the first, gone on with after step 4 by the second: every strategy, precision and number of ranks on both
+# sides, and to the same topology (whose continuation must be the same bit for bit).
+PAIRS = [
+    ("1-null-no", "2-3-no"), ("1-0-bf16", "2-1-bf16"), ("1-3-no", "2-null-no"), ("1-2-bf16", "4-0-bf16"),
+    ("2-1-no", "4-2-no"), ("2-2-no", "4-3-no"), ("2-3-bf16", "4-null-bf16"), ("2-0-no", "4-1-no"),
+    ("2-null-bf16", "4-2-bf16"), ("4-3-no", "1-0-no"), ("4-2-bf16", "1-1-bf16"), ("4-1-no", "1-2-no"),
+    ("4-null-no", "1-3-no"), ("4-0-bf16", "1-null-no"), ("2-2-bf16-offload", "4-2-bf16"), ("1-1-no", "2-1-no-offload"),
+    ("2-2-no-sgd", "2-3-no-sgd"), ("2-3-no-sgd", "2-0-no-sgd"),
+]  # fmt: skip
+SAME = [f"2-{stage}-{precision}" for stage in STRATEGIES for precision in ("no", "bf16")] + ["4-null-no", "4-2-no"]
+TOLERANCE = {"no": 1e-5, "bf16": 3e-2}  # of the loss: in fp32 only the order of sums differs
+
+
+def words(cell):
+    _, stage, precision = cell.split("-")[:3]
+    return [*TINY, *MORE.get(cell, []), f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+
+
+def resumed(source, target):
+    return f"{source}-to-{target}"
+
+
+def job(name, cell, copy_from=None):
+    return {"name": name, "words": words(cell), "copy_from": copy_from}
+
+
+@pytest.fixture(scope="module")
+def matrix(digits, tmp_path_factory):
+    """The folder of all runs, and what was said of each."""
+    folder, said = tmp_path_factory.mktemp("matrix"), {}
+    done: set[str] = set()
+    cells, pairs = [*CELLS, *MORE], [*PAIRS, *((cell, cell) for cell in SAME)]
+    for number, ranks in enumerate((1, 2, 4, 1)):
+        mine = [cell for cell in cells if cell.startswith(f"{ranks}-") and cell not in done]
+        done.update(mine)
+        jobs = [job(cell, cell) for cell in mine]
+        jobs += [
+            job(resumed(source, target), target, source)
+            for source, target in pairs
+            if target.startswith(f"{ranks}-") and source in done and resumed(source, target) not in said
+        ]
+        plan = folder / f"jobs-{number}.json"
+        plan.write_text(json.dumps(jobs))
+        command = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+        command += [str(ROOT / "tests/integration/matrix.py"), str(folder), str(digits), str(plan)]
+        ran = subprocess.run(command, cwd=ROOT, env=environment({}), capture_output=True, text=True, timeout=900)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+        said |= {entry["name"]: entry for entry in found}
+    return folder, said
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def samples(run):
+    """The global batches, by step: ranks hold them one after another."""
+    batches: dict[int, list[str]] = {}
+    for path in sorted(run.glob("samples-rank*.jsonl")):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            batches.setdefault(entry["step"], []).extend(entry["samples"])
+    return {step: sorted(names) for step, names in batches.items()}
+
+
+def assert_same_state(left, right):
+    left, right = checkpoint.load(str(left)), checkpoint.load(str(right))
+    assert left.updates == right.updates
+    assert left.moments.keys() == right.moments.keys()
+    for mine, theirs in ((left.weights, right.weights), *((left.moments[k], right.moments[k]) for k in left.moments)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("cell", [*CELLS, *MORE])
+def test_every_cell_has_the_losses_of_one_process(matrix, cell):
+    folder, _ = matrix
+    precision = cell.split("-")[2]
+    reference = "1-null-no-sgd" if cell.endswith("sgd") else "1-null-no"
+    found = losses(folder / cell)
+    assert found == pytest.approx(losses(folder / reference), abs=TOLERANCE[precision])
+    assert found[6] < found[1] - 0.01, "it learns"
+    assert samples(folder / cell) == samples(folder / reference)
+    if precision == "no":
+        mine, theirs = (checkpoint.load(str(folder / run / "checkpoints/step-00000006")) for run in (cell, reference))
+        for name in theirs.weights:  # also the moving average: nothing of a strategy is left in it
+            torch.testing.assert_close(mine.weights[name], theirs.weights[name], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(mine.moments["ema"][name], theirs.moments["ema"][name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_what_one_cell_saves_another_goes_on_with(matrix, source, target):
+    folder, said = matrix
+    run, entry = folder / resumed(source, target), said[resumed(source, target)]
+    assert entry["start_step"] == 4
+    assert entry["same"], "weights, moments and moving average after loading are those of the checkpoint, bit for bit"
+    precisions = {cell.split("-")[2] for cell in (source, target)}
+    reference = folder / source
+    assert losses(run) == pytest.approx(losses(reference), abs=max(TOLERANCE[p] for p in precisions))
+    assert samples(run) == samples(reference)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("cell", SAME)
+def test_on_the_same_ranks_a_resume_goes_on_bit_for_bit(matrix, cell):
+    folder, said = matrix
+    run, entry = folder / resumed(cell, cell), said[resumed(cell, cell)]
+    assert (entry["start_step"], entry["same"]) == (4, True)
+    assert losses(run) == losses(folder / cell)
+    assert_same_state(run / "checkpoints/step-00000006", folder / cell / "checkpoints/step-00000006")
