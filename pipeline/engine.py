@@ -115,7 +115,9 @@ def check_launcher(config: EngineConfig, plan: BatchPlan, said: dict[str, str]) 
         same = float(value) == ours[key] if number and ours[key] is not None else value == str(ours[key])
         if not same and not (key == "accumulation" and value == "1"):  # its default
             name = "gradient_accumulation_steps" if key == "accumulation" else key.removeprefix("engine.")
-            fix = "engine.micro_batch_size" if key == "accumulation" else f"{key}={value}"
+            fix = {"accumulation": "engine.micro_batch_size", "engine.offload_optimizer": f"{key}=true"}.get(
+                key, f"{key}={value}"
+            )
             raise UserError(
                 f"accelerate launch was told {name}={value}, but this config has {key}="
                 f"{'null' if ours[key] is None else ours[key]}; set {fix}, or mend Accelerate's configuration"
@@ -149,6 +151,8 @@ class Engine:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import DDPCommunicationHookType
 
+        if self.config.reduce_precision == "half" and not torch.cuda.is_available():
+            raise UserError("engine.reduce_precision: half under DDP needs GPUs; use engine.reduce_precision=fp32")
         half = {"no": "NO", "bf16": "BF16", "fp16": "FP16"}[self.config.precision]
         hook = DDPCommunicationHookType[half if self.config.reduce_precision == "half" else "NO"]
         handlers = [self._process_group(), DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]

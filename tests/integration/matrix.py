@@ -1,9 +1,9 @@
 """Run under torchrun: trains the same run under several strategies in one process group, and resumes between them.
 
 Usage: matrix.py FOLDER DATA JOBS.json. JOBS is a list of {"name", "words", "copy_from"?}: each is a run in FOLDER/name
-with these overrides, which goes on after step 4 of a copy of another run's directory where that is asked for. Rank 0 prints one
-JSON line a job: {"name", "start_step", "same": whether weights and moments after loading are those of the checkpoint
-bit for bit}.
+with these overrides, which goes on after step 4 of a copy of another run's directory where that is asked for. Rank 0
+prints one JSON line a job: {"name", "start_step", "same": whether weights and moments after loading are those of the
+checkpoint bit for bit}.
 """
 
 import json

@@ -24,7 +24,6 @@ MORE = {  # beside the matrix: cell -> its own options
     "2-1-no-offload": ["engine.offload_optimizer=true"],
     "2-2-bf16-offload": ["engine.offload_optimizer=true"],
     "2-3-bf16-offload": ["engine.offload_optimizer=true"],
-    "2-null-bf16-half": ["engine.reduce_precision=half"],
     "2-2-bf16-half": ["engine.reduce_precision=half"],
     "1-null-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
     "2-null-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
