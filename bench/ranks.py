@@ -41,15 +41,17 @@ def launch(script: str, words: Sequence[str], ranks: int, folder: str) -> Any:
     The ranks share the cores evenly. Ends this process with torchrun's code where that is not 0.
     """
     threads = max((os.cpu_count() or 1) // ranks, 1)
-    port = free_port()
+    quiet = "ignore::FutureWarning,ignore::UserWarning"  # of DeepSpeed's and torch's own code
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": quiet}
+    port, own = free_port(), tempfile.mkdtemp(dir=folder)
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}", script,
-        *words, "--worker", folder,
+        *words, "--worker", own,
     ]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(command, env=environment)
     if done.returncode:
         sys.exit(done.returncode)
-    with open(os.path.join(folder, "figures.json")) as file:
+    with open(os.path.join(own, "figures.json")) as file:
         return json.load(file)
 
 
@@ -65,10 +67,13 @@ def join() -> Ranks:
 
 
 def open_run(folder: str, ranks: Ranks, overrides: Sequence[str]) -> Run:
-    """A run of the embedded digits that `build` has made ready; nothing is logged, evaluated or saved by itself."""
+    """A run of the embedded digits that `build` has made ready; nothing is logged, evaluated or saved by itself.
+
+    `folder` is this launch's; the digits lie beside it, for all launches.
+    """
     words = [
-        f"data.train={folder}/digits/train-{{000..003}}.tar", "data.val=[]", "data.workers=0", "monitor=[]",
-        f"run.dir={tempfile.mkdtemp(dir=folder)}", "run.epochs=null", "run.steps=1000000",
+        f"data.train={os.path.dirname(folder)}/digits/train-{{000..003}}.tar", "data.val=[]", "data.workers=0", "monitor=[]",
+        f"run.dir={folder}/run", "run.epochs=null", "run.steps=1000000",
         "augment.train=[resize]", "objective.label_smoothing=0", "schedule.peak_lr=1e-5",
         "checkpoint.every_steps=1000000", *overrides,
     ]  # fmt: skip
