@@ -72,8 +72,8 @@ def open_run(folder: str, ranks: Ranks, overrides: Sequence[str]) -> Run:
     `folder` is this launch's; the digits lie beside it, for all launches.
     """
     words = [
-        f"data.train={os.path.dirname(folder)}/digits/train-{{000..003}}.tar", "data.val=[]", "data.workers=0", "monitor=[]",
-        f"run.dir={folder}/run", "run.epochs=null", "run.steps=1000000",
+        f"data.train={os.path.dirname(folder)}/digits/train-{{000..003}}.tar", "data.val=[]", "data.workers=0",
+        f"run.dir={folder}/run", "run.epochs=null", "run.steps=1000000", "monitor=[]",
         "augment.train=[resize]", "objective.label_smoothing=0", "schedule.peak_lr=1e-5",
         "checkpoint.every_steps=1000000", *overrides,
     ]  # fmt: skip
