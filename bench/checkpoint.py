@@ -250,9 +250,10 @@ def main() -> int:
             leave(words.worker, figures)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        measured = [
-            launch(__file__, [*sys.argv[1:], "--only", strategy], words.ranks, folder) for strategy in words.only
-        ]
+        measured = []
+        for strategy in words.only:
+            print(strategy, file=sys.stderr, flush=True)
+            measured.append(launch(__file__, [*sys.argv[1:], "--only", strategy], words.ranks, folder))
     rows = report(words, measured)
     if words.json:
         facts = {
