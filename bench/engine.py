@@ -349,7 +349,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="times forwards and backwards through all loops (15)")
     parser.add_argument("--steps", type=int, default=2, help="steps of one visit (2)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each loop before (3)")
-    parser.add_argument("--rows", type=int, default=8, help="images of a rank's step (8)")
+    parser.add_argument("--rows", type=int, default=4, help="images of a rank's step (4)")
     parser.add_argument("--width", type=int, default=256, help="of the model (256)")
     parser.add_argument("--depth", type=int, default=6, help="of the model (6)")
     parser.add_argument("--patch", type=int, default=4, help="pixels (4)")
