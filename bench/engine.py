@@ -14,7 +14,8 @@ It starts torchrun itself. What is timed, on the same model, weights, batch and 
 
 In each strategy's launch all take turns forwards and then backwards (A B C, C B A), so that a drift of the machine's
 speed hits all alike; a ratio compares the visits of one round, the figure is the median over rounds. The losses of
-all must agree at the end, or the figures would compare different work.
+all must agree at the end, or the figures would compare different work. Where other processes share the cores, look at the
+ratios of CPU seconds (of rank 0, all its threads): they tell the work that a step is, without what it waits for.
 
 Memory comes from a launch of its own. `state` is measured from the tensors that a rank holds between steps,
 `grown` is the growth of the resident size from before the model is built to after the third step (on a GPU the largest
@@ -44,6 +45,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,15 +73,16 @@ class Contender:
     steps: int = 0
     loss: Tensor | None = None
     seconds: list[float] = field(default_factory=list)  # of a step, one a round
+    cpu_seconds: list[float] = field(default_factory=list)
 
-    def visit(self, steps: int, run: Run) -> float:
-        """Seconds of a step, as the mean of so many."""
+    def visit(self, steps: int, run: Run) -> tuple[float, float]:
+        """Seconds of a step, as the mean of so many: by the clock, and of this rank's CPU."""
         run.engine.barrier()
-        began = clock(run.engine.device)
+        began, cpu = clock(run.engine.device), time.process_time()
         for _ in range(steps):
             self.loss = self.step(self.steps)
             self.steps += 1
-        return (clock(run.engine.device) - began) / steps
+        return (clock(run.engine.device) - began) / steps, (time.process_time() - cpu) / steps
 
 
 def ours(run: Run, batch: Batch) -> Contender:
@@ -203,7 +206,8 @@ def time_strategy(words: Any, strategy: str, ranks: Ranks) -> dict[str, Any]:
         there = [c.visit(words.steps, run) for c in contenders]
         back = [c.visit(words.steps, run) for c in reversed(contenders)]
         for contender, first, second in zip(contenders, there, reversed(back), strict=True):
-            contender.seconds.append((first + second) / 2)
+            contender.seconds.append((first[0] + second[0]) / 2)
+            contender.cpu_seconds.append((first[1] + second[1]) / 2)
     losses = {c.name: float(c.loss) for c in contenders if c.loss is not None}
     worst = max(abs(loss / losses["plain"] - 1) for loss in losses.values())
     if worst > (1e-4 if words.precision == "no" else 3e-2):
@@ -218,6 +222,7 @@ def time_strategy(words: Any, strategy: str, ranks: Ranks) -> dict[str, Any]:
         "parameters": parameters,
         "losses": losses,
         "seconds": {c.name: c.seconds for c in contenders},
+        "cpu_seconds": {c.name: c.cpu_seconds for c in contenders},
         "payload": dict(traffic.payload),
         "calls": dict(traffic.calls),
     }
@@ -264,6 +269,7 @@ def measure_memory(words: Any, strategy: str, ranks: Ranks) -> dict[str, Any]:
     return {"strategy": strategy, "ranks": found}
 
 
+LOOPS = ("plain", "ours", "deepspeed")
 LINKS = {"8x400G": 400e9, "1x400G": 50e9, "100GbE": 12.5e9}  # bytes a second of a node
 GPUS = (8, 16, 64, 256, 512, 1024)
 
@@ -286,6 +292,15 @@ def heading(*names: str) -> None:
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
 
 
+def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Ours to each peer: quartiles over rounds."""
+    return {
+        peer: spread([own / other for own, other in zip(seconds["ours"], values, strict=True)])
+        for peer, values in seconds.items()
+        if peer != "ours"
+    }
+
+
 def report(words: Any, timed: list[dict[str, Any]], memory: list[dict[str, Any]]) -> dict[str, Any]:
     """Prints the tables. Returns their rows."""
     rows: dict[str, Any] = {"step": [], "memory": [], "communication": [], "computed_efficiency": []}
@@ -293,21 +308,17 @@ def report(words: Any, timed: list[dict[str, Any]], memory: list[dict[str, Any]]
     print(f"\nStep, {timed[0]['parameters'] / 1e6:.1f} million parameters, {words.ranks} ranks of {words.rows} rows;"
           f" medians of {words.rounds} rounds of {2 * words.steps} steps; ratios of times, quartiles in brackets:"
           " above 1 ours is slower\n")  # fmt: skip
-    heading("", "plain", "ours", "deepspeed", "ours / plain", "ours / deepspeed")
+    heading("", *LOOPS, "ours / plain", "by CPU", "ours / deepspeed", "by CPU")
     for found in timed:
-        seconds = found["seconds"]
-        ratios = {
-            peer: spread([own / other for own, other in zip(seconds["ours"], seconds[peer], strict=True)])
-            for peer in seconds
-            if peer != "ours"
-        }
-        times = {name: spread(values)[1] for name, values in seconds.items()}
-        rows["step"].append({"strategy": found["strategy"], "seconds": times, "ratio_quartiles": ratios})
-        cells = [f"{1000 * times[name]:.1f} ms" if name in times else "-" for name in ("plain", "ours", "deepspeed")]
-        cells += [
-            f"{ratios[peer][1]:.3f} ({ratios[peer][0]:.3f} to {ratios[peer][2]:.3f})" if peer in ratios else "-"
-            for peer in ("plain", "deepspeed")
-        ]
+        row = {"strategy": found["strategy"], "ratio_quartiles": ratios(found["seconds"]),
+               "cpu_ratio_quartiles": ratios(found["cpu_seconds"]),
+               "seconds": {name: spread(values)[1] for name, values in found["seconds"].items()}}  # fmt: skip
+        rows["step"].append(row)
+        cells = [f"{1000 * row['seconds'][name]:.0f} ms" if name in row["seconds"] else "-" for name in LOOPS]
+        for peer in ("plain", "deepspeed"):
+            for kind in ("ratio_quartiles", "cpu_ratio_quartiles"):
+                low, middle, high = row[kind].get(peer, (0, 0, 0))
+                cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})" if middle else "-")
         print("| " + " | ".join([found["strategy"], *cells]) + " |")
 
     print("\nMemory of a rank in MiB (the largest of all ranks)\n")
@@ -346,8 +357,8 @@ def report(words: Any, timed: list[dict[str, Any]], memory: list[dict[str, Any]]
 
 def main() -> int:
     parser = parser_for(__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="times forwards and backwards through all loops (15)")
-    parser.add_argument("--steps", type=int, default=2, help="steps of one visit (2)")
+    parser.add_argument("--rounds", type=int, default=12, help="times forwards and backwards through all loops (12)")
+    parser.add_argument("--steps", type=int, default=1, help="steps of one visit (1)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each loop before (3)")
     parser.add_argument("--rows", type=int, default=4, help="images of a rank's step (4)")
     parser.add_argument("--width", type=int, default=256, help="of the model (256)")
@@ -373,9 +384,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for task in tasks:
             for strategy in words.only:
-                print(f"{task}: {strategy}", file=sys.stderr, flush=True)
                 worker = [*sys.argv[1:], "--task", task, "--only", strategy]
                 found[task].append(launch(__file__, worker, words.ranks, folder))
+                done = ratios(found[task][-1]["seconds"]) if task == "time" else {}
+                shown = "".join(f", {middle:.3f} of {peer}" for peer, (_, middle, _) in done.items())
+                print(f"{task}: {strategy}{shown}", file=sys.stderr, flush=True)
     if words.profile:
         return 0
     rows = report(words, found["time"], found["memory"])
