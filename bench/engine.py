@@ -14,8 +14,8 @@ It starts torchrun itself. What is timed, on the same model, weights, batch and 
 
 In each strategy's launch all take turns forwards and then backwards (A B C, C B A), so that a drift of the machine's
 speed hits all alike; a ratio compares the visits of one round, the figure is the median over rounds. The losses of
-all must agree at the end, or the figures would compare different work. Where other processes share the cores, look at the
-ratios of CPU seconds (of rank 0, all its threads): they tell the work that a step is, without what it waits for.
+all must agree at the end, or the figures would compare different work. Where other processes share the cores, look at
+the ratios of CPU seconds (of rank 0, all its threads): they tell the work that a step is, without what it waits for.
 
 Memory comes from a launch of its own. `state` is measured from the tensors that a rank holds between steps,
 `grown` is the growth of the resident size from before the model is built to after the third step (on a GPU the largest
