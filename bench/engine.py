@@ -31,10 +31,11 @@ bf16 weights and of gradients. Nodes have 8 GPUs that exchange 450 GB/s each; a 
 a second (8x400G: 400e9, 1x400G: 50e9, 100GbE: 12.5e9). A collective over n GPUs on m nodes that must pass on
 V = (n-1)/n W bytes of each rank (an all-reduce: twice that) takes, hierarchically,
     t(V) = (7/8) W / 450e9 + (m-1)/m W / B        (an all-reduce: twice that)
-A gradient's all-reduce or reduce-scatter runs while backward does (two thirds of a step); what can't hide is the last
-bucket of 25 MB and what is longer than the backward pass:
+A gradient's all-reduce (ZeRO-3: reduce-scatter) runs while backward does (two thirds of a step); what can't hide is the
+last bucket of 25 MB and what is longer than the backward pass:
     exposed = t 25e6/W + max(0, t - 2/3 step)
-ZeRO-1 and 2 add an all-gather of the weights, hidden by nothing. ZeRO-3 gathers in forward and again in backward, where
+ZeRO-1 and 2 do the same all-reduce, as DeepSpeed does by default and the counting shows, and add an all-gather of the
+weights that nothing hides. ZeRO-3 gathers in forward and again in backward, where
 it shares the links with the reduce-scatter; of each gather the first block (1/12) is exposed, and what is longer than
 the pass that hides it. Efficiency = step / (step + exposed). Latency, stragglers and the input are left out.
 """
@@ -279,10 +280,10 @@ def efficiency(strategy: str, gpus: int, node_bytes_per_second: float, weight_by
     nodes = gpus / 8
     gather = 7 / 8 * weight_bytes / 450e9 + (nodes - 1) / nodes * weight_bytes / node_bytes_per_second
     forward, backward, last = step / 3, 2 * step / 3, 25e6 / weight_bytes
-    if strategy in ("ddp", "zero0"):
-        exposed = 2 * gather * last + max(0.0, 2 * gather - backward)
-    elif strategy in ("zero1", "zero2"):
-        exposed = gather * last + max(0.0, gather - backward) + gather
+    if strategy != "zero3":
+        exposed = (
+            2 * gather * last + max(0.0, 2 * gather - backward) + (gather if strategy in ("zero1", "zero2") else 0)
+        )
     else:
         exposed = gather * last + 2 * gather / 12 + max(0.0, 2 * gather - backward) + max(0.0, gather - forward)
     return step / (step + exposed)
