@@ -97,8 +97,10 @@ def state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """What a rank holds between steps: the model's weights as they lie there, master weights, and moments."""
     weights = [getattr(p, "ds_tensor", p).detach() for p in module.parameters()]
     held = {t.untyped_storage().data_ptr() for t in weights}
-    of_groups = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    master = [p for p in of_groups if p.numel() and p.untyped_storage().data_ptr() not in held]
+    # ZeRO-3 empties the groups between steps, and keeps the tensors as keys of the moments.
+    updated = [*(p for group in optimizer.param_groups for p in group["params"]), *optimizer.state]
+    others = {p.data_ptr(): p.detach() for p in updated if p.untyped_storage().data_ptr() not in held}
+    master = [p for p in others.values() if p.numel()]
     moments = [t for slots in optimizer.state.values() for t in slots.values() if isinstance(t, Tensor) and t.dim()]
     return {"weights": weights, "master": master, "moments": moments}
 
