@@ -338,10 +338,10 @@ class DeepSpeedEngine(Engine):
             sent = torch.cat(
                 [values.pop(name).flatten() for pieces in mine for name, _, _ in pieces] or [torch.empty(0)]
             )
-            counts = [[sum(length for _, _, length in pieces) for pieces in way] for way in (theirs, mine)]
-            received = sent if world_size == 1 else torch.empty(sum(counts[0]))
+            coming, going = ([sum(length for _, _, length in pieces) for pieces in way] for way in (theirs, mine))
+            received = sent if world_size == 1 else torch.empty(sum(coming))
             if world_size > 1:
-                torch.distributed.all_to_all_single(received, sent, *counts, group=group)
+                torch.distributed.all_to_all_single(received, sent, coming, going, group)
             lengths = [length for pieces in theirs for _, _, length in pieces]
             places = [(name, begin, length) for pieces in theirs for name, begin, length in pieces]
             for (name, begin, length), piece in zip(places, received.split(lengths), strict=True):
