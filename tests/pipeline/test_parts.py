@@ -225,6 +225,15 @@ def test_the_newest_whole_checkpoint_is_found_and_read(tmp_path):
     assert loaded.updates == 3
 
 
+def test_a_part_that_went_to_another_disk_makes_no_checkpoint(tmp_path):
+    save(tmp_path, 1, 1.0)
+    known = checkpoint.write_share(str(tmp_path / "elsewhere"), state(2.0, "b"), 1, 2)
+    here = checkpoint.write_share(str(tmp_path / ".part-00000002"), state(2.0, "a"), 0, 2)
+    with pytest.raises(OSError, match=r"model-00002-of-00002.safetensors.*one shared file system"):
+        checkpoint.complete(f"{tmp_path}/.part-00000002", f"{tmp_path}/step-00000002", here | known, {"step": 2})
+    assert checkpoint.latest(str(tmp_path))[0].endswith("step-00000001")
+
+
 def test_the_best_and_those_of_chosen_steps_are_kept(tmp_path):
     for step, top1 in ((2, 0.1), (3, 0.9), (4, 0.2), (5, 0.3), (6, 0.4)):
         save(tmp_path, step, 1.0, evaluation={"val/top1": top1}.items(), keep_last=1, keep_every_steps=4,
