@@ -223,7 +223,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fills every parameter as the original release does (google-research/vision_transformer, vit_jax/models_vit.py).
+        """Fills every parameter as the original release does (google-research/vision_transformer, models_vit.py).
 
         Linear layers: Xavier uniform (query, key and value each on their own), zero bias, MLP biases normal with
         deviation 1e-6. Patch convolution and representation layer: LeCun truncated normal, zero bias. Norms: one and
