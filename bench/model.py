@@ -4,10 +4,10 @@
     python bench/model.py --variant B/16 --batch 1 --only hf-sdpa ours   # the published size there
     python bench/model.py --variant B/16 --batch 256 --precision bf16    # on a GPU
 
-All have the same weights, batch, precision, loss, clipping and AdamW (the fused kernel, as in the pipeline). A round goes
-through them forwards and then backwards (A B C, C B A), so that a drift of the machine's speed hits all alike. Ratios
-compare within a round; given are their median and, in brackets, their quartiles. On a CPU there are two of them: by the
-clock, and by the seconds that the process computed, which other processes disturb less (best with --threads 1).
+All have the same weights, batch, precision, loss, clipping and AdamW (the fused kernel, as in the pipeline). A round
+goes through them forwards and then backwards (A B C, C B A), so that a drift of the machine's speed hits all alike.
+Ratios compare within a round; given are their median and, in brackets, their quartiles. On a CPU there are two of them:
+by the clock, and by the seconds that the process computed, which other processes disturb less (best with --threads 1).
 A peer that can't be imported is left out with a message.
 """
 
