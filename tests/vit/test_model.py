@@ -73,7 +73,7 @@ def assert_same_logits(ours, theirs):
 def sizes(*quick):
     """All variants at 224 and 384; those not named run as integration tests."""
     cases = [(variant, size) for variant in ("Ti/16", "S/16", "B/16", "L/16") for size in (224, 384)]
-    marks = {case: [] if case in quick else pytest.mark.integration for case in cases}
+    marks = {case: [] if case in quick else [pytest.mark.integration, pytest.mark.timeout(1200)] for case in cases}
     return pytest.mark.parametrize(("variant", "size"), [pytest.param(*c, marks=m) for c, m in marks.items()])
 
 
