@@ -8,7 +8,7 @@ All have the same weights, batch, precision, loss, clipping and AdamW (the fused
 goes through them forwards and then backwards (A B C, C B A), so that a drift of the machine's speed hits all alike.
 Ratios compare within a round; given are their median and, in brackets, their quartiles. On a CPU there are two of them:
 by the clock, and by the seconds that the process computed, which other processes disturb less (best with --threads 1).
-A peer that can't be imported is left out with a message.
+A peer that can't be imported is left out with a message. Ctrl-C ends the run with the table of the rounds so far.
 """
 
 import argparse
@@ -252,19 +252,24 @@ def main() -> None:
         return
     contenders = prepare(config, parsed.only, batch)
     side = 8192 if device.type == "cuda" else 2048
-    products = []
-    for _ in range(parsed.rounds):
-        products.append(measure_product(side, dtype, device))
-        spent = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in contenders]
-        back = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in reversed(contenders)]
-        for contender, there, again in zip(contenders, spent, reversed(back), strict=True):
-            contender.rounds.append(Seconds(*((a + b) / 2 for a, b in zip(there, again, strict=True))))
+    products: list[float] = []
+    try:
+        for _ in range(parsed.rounds):
+            product = measure_product(side, dtype, device)
+            spent = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in contenders]
+            back = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in reversed(contenders)]
+            for contender, there, again in zip(contenders, spent, reversed(back), strict=True):
+                contender.rounds.append(Seconds(*((a + b) / 2 for a, b in zip(there, again, strict=True))))
+            products.append(product)
+    except KeyboardInterrupt:  # what was measured until then is worth printing
+        if len(products) < 2:
+            raise
     product = statistics.median(products)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     gflop = training_flops(config) / 1e9
     print(f"\n{parsed.variant} at {config.image_size} pixels, batch {parsed.batch}, {parsed.precision}, {where},"
           f" torch {torch.__version__}; {gflop:.2f} GFLOP an image;\n{side} x {side} product: {product / 1e12:.3g}"
-          f" TFLOP/s; medians of {parsed.rounds} rounds, {2 * parsed.steps} steps each\n")  # fmt: skip
+          f" TFLOP/s; medians of {len(products)} rounds, {2 * parsed.steps} steps each\n")  # fmt: skip
     print(table(config, contenders, parsed.batch, product, device))
 
 
