@@ -382,6 +382,7 @@ class DeepSpeedEngine(Engine):
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, DistributedType
 
+        self.linear = nn.functional.linear  # ZeRO-3 puts its own in torch's place
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         # DeepSpeed calls them by their older names, in each step.
         warnings.filterwarnings("ignore", r"`?torch\.distributed\..* is deprecated", FutureWarning)
@@ -565,6 +566,7 @@ class DeepSpeedEngine(Engine):
 
     def release(self) -> None:
         self.model.destroy()
+        nn.functional.linear = self.linear  # type: ignore[assignment]
         super().release()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # Accelerate's own, which would make the next engine one too
 
