@@ -66,8 +66,9 @@ class OrderedSamples:
     def __init__(self, index: Index, order: Order, source: Source, num_classes: int):
         self.index, self.order, self.source, self.num_classes = index, order, source, num_classes
         self.threads = ThreadPoolExecutor(source.limits.threads, thread_name_prefix="read")
-        self.windows: dict[int, tuple[Window, list[Sample | None]]] = {}
-        self.ahead: dict[int, tuple[Window, Future]] = {}
+        # By lane: the window's first position, its samples in the order in which they are used, its epoch.
+        self.windows: dict[int, tuple[int, list[Sample | None], int]] = {}
+        self.ahead: dict[int, tuple[int, Future]] = {}
         self.blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self.lock = Lock()
 
@@ -75,26 +76,31 @@ class OrderedSamples:
         """Starts to read the window of a lane's position."""
         place = self.order.locate(lane, position)
         if place is not None:
-            self.ahead[lane] = place[0], self.threads.submit(self._read_window, place[0])
+            window, slot = place
+            self.ahead[lane] = position - slot, self.threads.submit(self._read_window, window)
 
     def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int] | None:
         """The sample and its epoch, or None where the lane has ended. With `last` its bytes are not kept."""
-        place = self.order.locate(lane, position)
-        if place is None:
-            return None
-        window, slot = place
-        if lane not in self.windows or self.windows[lane][0] != window:
+        first, samples, epoch = self.windows.get(lane, (0, [], 0))
+        if not first <= position < first + len(samples):
+            place = self.order.locate(lane, position)
+            if place is None:
+                return None
+            window, slot = place
+            first, epoch = position - slot, window.epoch
             self.windows.pop(lane, None)
-            if lane not in self.ahead or self.ahead[lane][0] != window:
+            if lane not in self.ahead or self.ahead[lane][0] != first:
                 self.expect(lane, position)
-            self.windows[lane] = window, self.ahead.pop(lane)[1].result()
-        if 2 * slot >= window.samples and lane not in self.ahead:
-            self.expect(lane, position - slot + window.samples)
-        sample = self.windows[lane][1][slot]
+            samples = self.ahead.pop(lane)[1].result()
+            self.windows[lane] = first, samples, epoch
+        slot = position - first
+        if 2 * slot >= len(samples) and lane not in self.ahead:
+            self.expect(lane, first + len(samples))
+        sample = samples[slot]
         assert sample is not None
         if last:
-            self.windows[lane][1][slot] = None
-        return sample, window.epoch
+            samples[slot] = None
+        return sample, epoch
 
     def close(self) -> None:
         self.threads.shutdown(cancel_futures=True)
@@ -120,9 +126,7 @@ class OrderedSamples:
             except UserError as error:
                 return [self._bad(shard, row, key, str(error)) for row, key in zip(rows, keys, strict=True)]
             found = self._parse(data, shard.url)
-            if len(found) == len(rows) and all(
-                sample_digest(members) == row["digest"] for members, row in zip(found, rows, strict=True)
-            ):
+            if [sample_digest(members) for members in found] == rows["digest"].tolist():
                 return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
         # Something in it differs from the index: look at each sample on its own, so that none is lost beside it.
         for row, key in zip(rows, keys, strict=True):

@@ -95,6 +95,29 @@ def test_a_world_size_that_does_not_divide_the_lanes_is_refused_with_the_nearest
         train_stream(config, load_index(config.train), POLICIES, 16, 10, 0, Ranks(0, 5, 0, 5), 0)
 
 
+def test_a_negative_seed_is_refused(digits):
+    config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
+    with pytest.raises(UserError, match=r"run.seed: must not be negative, found -1"):
+        train_stream(config, load_index(config.train), POLICIES, 16, 10, -1, Ranks(0, 1, 0, 1), 0)
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(digits):
+    config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
+    loader = Loader(train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0), 0, CPU)
+    iterator = iter(loader)
+    first = next(iterator).images[3:5]  # a part holds it all
+    kept, content = first.untyped_storage().data_ptr(), first.clone()
+    second = next(iterator)
+    places = {kept, second.images.untyped_storage().data_ptr()}
+    assert len(places) == 2
+    del second
+    third = next(iterator)
+    assert third.images.untyped_storage().data_ptr() in places - {kept}
+    assert torch.equal(first, content)
+    del first
+    assert next(iterator).images.untyped_storage().data_ptr() == kept
+
+
 def damaged(digits, tmp_path, position, value):
     for file in digits.iterdir():
         shutil.copy(file, tmp_path)
