@@ -283,13 +283,14 @@ class Runner:
             worker.suspend()
 
     def measure(self, seconds: float) -> tuple[float, float]:
-        """Images per second of CPU and of the clock."""
+        """Images per second of CPU and of the clock, over so many seconds of CPU."""
         for worker in self.workers:
             worker.resume()
-        images, cpu, clock = 0, self.cpu_seconds(), time.perf_counter()
-        while time.perf_counter() - clock < seconds:
+        images, cpu, clock, spent = 0, self.cpu_seconds(), time.perf_counter(), 0.0
+        while spent < seconds:
             images += next(self.batches)
-        result = images / (self.cpu_seconds() - cpu), images / (time.perf_counter() - clock)
+            spent = self.cpu_seconds() - cpu
+        result = images / spent, images / (time.perf_counter() - clock)
         self.stop()
         return result
 
@@ -420,7 +421,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help='of the throughput, such as "(a) ours" "(c) limit"')
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of workers (1 2)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each candidate (9)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="length of a turn (1.5)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="CPU seconds of a turn (1.5)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     words = parser.parse_args()
     torch.set_num_threads(1)
