@@ -132,6 +132,12 @@ def local(digits):
     return epoch(digits)
 
 
+def requested(ranges):
+    """Bytes that the requests with these Range headers have asked for."""
+    bounds = [wanted.removeprefix("bytes=").split("-") for wanted in ranges]
+    return sum(int(stop) + 1 - int(start) for start, stop in bounds)
+
+
 TRANSIENT = {
     "none": [],
     "cut": ["cut", "cut", "cut"],
@@ -182,6 +188,22 @@ def test_a_shard_that_stays_broken_is_masked_and_named(server, local, fault):
     assert torch.equal(images[valid], local[2][valid])
     assert all(where.startswith("train-002.tar: sample") for where, _ in bad)
     assert all(re.search(r"byte|server says", reason) for _, reason in bad)
+
+
+def test_a_resume_fetches_as_little_at_the_end_of_an_epoch_as_at_its_beginning(server):
+    config = DataConfig(train=(f"{server.url}/train-{{000..003}}.tar",), global_batch_size=30, shuffle_pool=240)
+    index = load_index(config.train)
+    fetched = []
+    for step in (5, 24, 43, 1000):  # of 48 in an epoch
+        server.requests.clear()
+        stream = train_stream(config, index, (resize.Config(),), 16, 10, 5, Ranks(0, 1, 0, 1), step)
+        loader = Loader(stream, 0, torch.device("cpu"))
+        next(iter(loader))
+        loader.close()
+        fetched.append(requested([wanted for name, wanted, _ in server.requests if name.endswith(".tar")]))
+    data = sum(shard.nbytes for shard in index.shards)
+    assert max(fetched) < 0.4 * data  # two windows of each lane at most
+    assert max(fetched) < 2 * min(fetched)
 
 
 def test_a_shard_that_is_gone_is_refused_before_training(server):
@@ -283,8 +305,9 @@ def test_a_dataset_of_the_hub_gives_the_same_stream(server, local, tmp_path, mon
     assert torch.equal(images, local[2][:600])
     assert not bad
     ranges = [wanted for name, wanted, _ in server.requests if name.endswith(".tar")]
-    fetched = sum(int(stop) - int(start) + 1 for start, stop in (wanted[6:].split("-") for wanted in ranges))
-    assert fetched < 2 * sum(path.stat().st_size for path in repository.glob("train-*.tar")), "more than was asked for"
+    assert requested(ranges) < 2 * sum(path.stat().st_size for path in repository.glob("train-*.tar")), (
+        "more than was asked for"
+    )
     with pytest.raises(UserError, match=r"hf://datasets/someone/digits/none.tar: shard not found"):
         Source(QUICK).size("hf://datasets/someone/digits/none.tar")
 
