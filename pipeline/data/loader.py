@@ -292,7 +292,8 @@ class Loader:
 
     def _join(self, parts: list[Part]) -> Batch:
         images = self._empty()  # (B, S, S, 3)
-        torch.cat([ring[part.slot] for ring, part in zip(self.rings, parts, strict=True)], out=images)
+        pixels = [ring[part.slot].numpy() for ring, part in zip(self.rings, parts, strict=True)]
+        np.concatenate(pixels, out=images.numpy())  # torch.cat takes half as long again
         labels, valid = (
             torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ("labels", "valid")
         )

@@ -60,6 +60,9 @@ def to_sample(members: dict[str, Any], url: str, key: tuple[int, int], num_class
     return sample
 
 
+Fetched = tuple[Piece, Shard, np.ndarray, bytes | UserError]  # a part of a window: its records, and its bytes
+
+
 class OrderedSamples:
     """Samples by lane and position, as the order has them. Threads read each lane's next window ahead."""
 
@@ -77,7 +80,7 @@ class OrderedSamples:
         place = self.order.locate(lane, position)
         if place is not None:
             window, slot = place
-            self.ahead[lane] = position - slot, self.threads.submit(self._read_window, window)
+            self.ahead[lane] = position - slot, self.threads.submit(self._fetch, window)
 
     def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int] | None:
         """The sample and its epoch, or None where the lane has ended. With `last` its bytes are not kept."""
@@ -91,7 +94,7 @@ class OrderedSamples:
             self.windows.pop(lane, None)
             if lane not in self.ahead or self.ahead[lane][0] != first:
                 self.expect(lane, position)
-            samples = self.ahead.pop(lane)[1].result()
+            samples = self._parse_window(window, self.ahead.pop(lane)[1].result())
             self.windows[lane] = first, samples, epoch
         slot = position - first
         if 2 * slot >= len(samples) and lane not in self.ahead:
@@ -106,32 +109,36 @@ class OrderedSamples:
         self.threads.shutdown(cancel_futures=True)
         self.source.close()
 
-    def _read_window(self, window: Window) -> list[Sample | None]:
-        """The window's samples in the order in which they are used."""
-        line: list[Sample] = []
-        for piece in self.order.pieces(window):
-            line.extend(self._read_piece(piece))
-        return [line[place] for place in self.order.shuffled(window)]
+    def _fetch(self, window: Window) -> list[Fetched]:
+        """A thread's part of the work: only what waits. Python beside the decoding would wait for the interpreter."""
+        return [self._fetch_piece(piece) for piece in self.order.pieces(window)]
 
-    def _read_piece(self, piece: Piece) -> list[Sample]:
+    def _fetch_piece(self, piece: Piece) -> Fetched:
         shard = self.index.shard(piece.shard)
         rows = self._records(piece.shard, shard, piece.begin, piece.end)
-        keys = [(piece.shard, number) for number in range(piece.begin, piece.end)]
         start = int(rows["offset"][0])
         nbytes = int(rows["offset"][-1]) + int(rows["nbytes"][-1]) - start
-        samples: list[Sample] = []
-        if (rows["nbytes"] > 0).all():
-            try:
-                data = self.source.read(shard.url, start, nbytes)
-            except UserError as error:
-                return [self._bad(shard, row, key, str(error)) for row, key in zip(rows, keys, strict=True)]
-            found = self._parse(data, shard.url)
-            if [sample_digest(members) for members in found] == rows["digest"].tolist():
-                return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
+        if not rows["nbytes"].all():
+            return piece, shard, rows, b""
+        try:
+            return piece, shard, rows, self.source.read(shard.url, start, nbytes)
+        except UserError as error:
+            return piece, shard, rows, error
+
+    def _parse_window(self, window: Window, fetched: list[Fetched]) -> list[Sample | None]:
+        """The window's samples in the order in which they are used."""
+        line = [sample for piece in fetched for sample in self._parse_piece(*piece)]
+        return [line[place] for place in self.order.shuffled(window)]
+
+    def _parse_piece(self, piece: Piece, shard: Shard, rows: np.ndarray, data: bytes | UserError) -> list[Sample]:
+        keys = [(piece.shard, number) for number in range(piece.begin, piece.end)]
+        if isinstance(data, UserError):
+            return [self._bad(shard, row, key, str(data)) for row, key in zip(rows, keys, strict=True)]
+        found = self._parse(data, shard.url)
+        if [sample_digest(members) for members in found] == rows["digest"].tolist():
+            return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
         # Something in it differs from the index: look at each sample on its own, so that none is lost beside it.
-        for row, key in zip(rows, keys, strict=True):
-            samples.append(self._read_one(shard, row, key))
-        return samples
+        return [self._read_one(shard, row, key) for row, key in zip(rows, keys, strict=True)]
 
     def _read_one(self, shard: Shard, row: np.ndarray, key: tuple[int, int]) -> Sample:
         if not row["nbytes"]:
