@@ -216,7 +216,7 @@ def time_strategy(words: Any, strategy: str, ranks: Ranks) -> dict[str, Any]:
             f"{strategy}: the loops do different work: losses {losses} after {contenders[0].steps} steps"
         )
     with Traffic() as traffic:
-        contenders[1].visit(1, run)
+        contenders[1].step(contenders[1].steps)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     figures = {
         "strategy": strategy,
