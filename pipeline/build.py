@@ -208,6 +208,7 @@ def averaged_model(config: RunConfig, engine: Engine) -> ViT:
 
 def roll_back(run: Run, spike: Rollback) -> None:
     """Closes a run so that the next `build` goes on at its last checkpoint before a spike, whose steps are left out."""
+    run.trainer.vote.drain()
     run.trainer.close()
     if run.ranks.is_main:
         known = run.run_dir.read("skipped.json") or []

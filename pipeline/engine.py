@@ -566,7 +566,7 @@ class DeepSpeedEngine(Engine):
 
     def release(self) -> None:
         self.model.destroy()
-        nn.functional.linear = self.linear  # type: ignore[assignment]
+        nn.functional.linear = self.linear
         super().release()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # Accelerate's own, which would make the next engine one too
 

@@ -229,3 +229,8 @@ class Vote:
             work.wait()
         stop, save, rows = wish.tolist()
         return Agreement(stop > 0, save > 0, rows)
+
+    def drain(self) -> None:
+        """Takes the answer to a vote that was begun, if there is one, where nobody needs it any more."""
+        if self.pending is not None:
+            self.finish()

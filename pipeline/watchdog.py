@@ -16,7 +16,7 @@ from pipeline.runtime import Ranks, Rendezvous
 
 EXIT_HANG = 3
 NAMED_RANKS = 8  # that a message names
-PHASES = ("data", "vote", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
+PHASES = ("vote", "data", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
 
 
 class Watchdog:

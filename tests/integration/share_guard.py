@@ -51,7 +51,9 @@ def main() -> None:
     wrong = [
         name
         for name, weight in share.weights.items()
-        for value, true in zip([weight, *(share.moments[key][name] for key in engine.slots)], expected[name], strict=True)
+        for value, true in zip(
+            [weight, *(share.moments[key][name] for key in engine.slots)], expected[name], strict=True
+        )
         if value.shape != true.shape or not torch.equal(value, true)
     ]
     gathered = engine.gather_objects((list(share.weights), wrong))
