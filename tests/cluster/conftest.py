@@ -1,14 +1,16 @@
 """A cluster for the session, and a copy of the project, with spaces in its path, that jobs run from."""
 
+import contextlib
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.cluster.cluster import Cluster, copy_tree, wait_for
+from tests.cluster.cluster import Cluster, copy_tree, ranks_of, wait_for
 from tests.conftest import ROOT
 
 
@@ -66,6 +68,20 @@ class Run:
             return now == state
 
         wait_for(there, seconds, f"{state} of job {job}; {self.said()}")
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Halts the ranks where they are: what happens meanwhile happens before their last step, on a fast machine too."""
+        ranks = ranks_of(self)
+        assert ranks
+        for rank in ranks:
+            rank.suspend()
+        try:
+            yield
+        finally:
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.resume()
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         wait_for(lambda: self.last_step() >= step, seconds, f"step {step}")
