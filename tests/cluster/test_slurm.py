@@ -1,7 +1,6 @@
 """`sbatch launch/pretrain.slurm` on a real Slurm cluster: from start to accuracy, and through all that ends a job."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,15 +10,13 @@ import pytest
 
 from tests.cluster.cluster import ranks_of, wait_for
 from tests.cluster.conftest import Run
-from tests.conftest import free_port
+from tests.conftest import ACCURATE, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SMALL = ("run.epochs=null", "run.steps=200", "model.depth=1", "data.workers=1", "run.log_every_steps=1",
          "data.log_samples=true", "run.evaluate_every_steps=null", "checkpoint.every_steps=1000",
          "schedule.warmup_steps=5", "engine.timeout_seconds=60")  # fmt: skip
-
-ACCURATE: tuple[str, ...] = ()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,7 @@ def assert_nothing_lost(run, whole, within=1e-6):
 
 
 def test_two_nodes_with_two_ranks_each_reach_97_percent(run):
-    job = run.submit("--gpus-per-node=2", words=ACCURATE)
+    job = run.submit("--gpus-per-node=2", words=(*ACCURATE, "data.workers=1"))
     run.wait(job, "COMPLETED", 400)
     assert run.ended()["status"] == "finished"
     assert run.metric("val/top1") >= 0.97
@@ -63,19 +60,20 @@ def test_accelerate_and_zero_2_train_the_same(run, whole):
 
 
 def test_the_time_limit_saves_requeues_and_resumes(run, whole):
-    """Slurm's own signal before its shortest time limit, a minute; it comes up to half a minute late, so ask early."""
-    job = run.submit("--time=1", "--signal=B:USR1@45", words=SMALL)
-    run.wait_for_step(20)
-    with run.paused():
-        wait_for((run.path / "STOP").exists, 90, "signal")
+    """Slurm's own signal before its shortest time limit, a minute: it comes up to half a minute early."""
+    job = run.submit("--time=1", "--signal=B:USR1@15", words=SMALL)
+    stopped = lambda: re.search(r"requeueing from step (\d+)", run.said())  # noqa: E731
+    wait_for(lambda: run.last_step() >= 20 or stopped(), 120, "step 20")
+    if not stopped():  # on a machine that is so slow that the signal came before
+        with run.paused():
+            wait_for((run.path / "STOP").exists, 90, "signal")
     wait_for(lambda: run.cluster.job(job)["Restarts"] == "1", 60, f"requeue; {run.said()}")
     run.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    stopped_at = run.last_step()
     run.wait(job, "COMPLETED")
-    assert 20 <= stopped_at < 200
-    assert "(STOP file)" in run.said()
-    assert f"requeueing from step {stopped_at}" in run.said()
-    assert f"resuming from {run.path}/checkpoints/step-{stopped_at:08d}" in run.said()
+    step = int(stopped()[1])
+    assert step < 200
+    assert "step ended with saved: start me again (STOP file)" in run.said()
+    assert f"resuming from {run.path}/checkpoints/step-{step:08d}" in run.said()
     assert_nothing_lost(run, whole)
 
 
@@ -298,13 +296,14 @@ def test_preflight_names_ranks_that_do_not_come_and_a_blocked_port(cluster, tree
         missing = Preflight(cluster, tree, *limit, f"run.dir={tmp_path}/missing",
                             before="if ((SLURM_PROCID == 3)); then sleep 45; exit; fi")  # fmt: skip
         wrong, errors = blocked.end()
-        assert re.match(r"missing after 15 s: rank 2-3 of 4; arrived: n1: rank 0-1; .* whether their node reaches rank 0's",
-                        wrong["ranks"][0]), wrong  # fmt: skip
-        assert len(re.findall(rf"rank [23] on n2: MASTER_ADDR=\S+ MASTER_PORT={port}: no answer from rank 0 within 15 s; .*"
-                              "the port is free there and open between the nodes", errors)) == 2, errors  # fmt: skip
-        wrong, _ = missing.end()
-        assert wrong["ranks"][0].startswith("missing after 15 s: rank 3 of 4; arrived: n1: rank 0-1; n2: rank 2;"), (
-            wrong
+        not_come = r"missing after 15 s: rank 2-3 of 4; arrived: n1: rank 0-1; .* whether their node reaches rank 0's"
+        assert re.match(not_come, wrong["ranks"][0]), wrong
+        no_answer = (
+            rf"rank [23] on n2: MASTER_ADDR=\S+ MASTER_PORT={port}: no answer from rank 0 within 15 s; .*open between"
         )
+        assert len(re.findall(no_answer, errors)) == 2, errors
+        wrong, _ = missing.end()
+        not_come = "missing after 15 s: rank 3 of 4; arrived: n1: rank 0-1; n2: rank 2;"
+        assert wrong["ranks"][0].startswith(not_come), wrong
     finally:
         cluster.machines.inside(cluster.slurmd["n2"], "ip", "rule", "del", *rule[3:])
