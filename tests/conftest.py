@@ -10,8 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["run.epochs=null", "data.workers=1", "run.log_every_steps=1"]
-# The digits, smaller than the default: half its steps, a third of its time, and more than 98 % of the held-out scans.
-ACCURATE = ["model.patch_size=16", "model.depth=2", "augment.train=[resize, {name: shift, pixels: 2}]", "run.epochs=30"]
+# The digits in 450 steps, a quarter of the default's work, to almost 99 % of the held-out scans.
+ACCURATE = [
+    "model.image_size=16", "model.depth=2", "model.width=128", "model.mlp_dim=512", "augment.train=[resize]",
+    "run.epochs=20", "schedule.warmup_steps=30",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
