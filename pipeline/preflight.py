@@ -149,10 +149,13 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
     def all_looks() -> list[dict[str, Any]]:
         return [looks[rank] for rank in range(ranks.world_size)]
 
+    def who_leads() -> list[int]:
+        with limit.phase("shards", "check the storage of data.train"):
+            checks.prepare(config, ranks)  # before the other nodes look for the shards
+        return checks.leaders(all_looks())
+
     try:
-        leaders = together(
-            "ranks", look, lambda: checks.check_processes(all_looks(), config), lambda: checks.leaders(all_looks())
-        )
+        leaders = together("ranks", look, lambda: checks.check_processes(all_looks(), config), who_leads)
         if leaders is None:
             return
         seen: dict[str, Any] = {"clock": time.time()}  # the answer has just come, to all at once

@@ -52,7 +52,7 @@ SlurmdTimeout=15
 KillWait=20
 OverTimeLimit=2
 {nodes}
-PartitionName=main Nodes={names} Default=YES PriorityTier=10 GraceTime=30
+PartitionName=main Nodes={names} Default=YES PriorityTier=10 GraceTime=60
 PartitionName=high Nodes={names} PriorityTier=100 PreemptMode=off
 """
 

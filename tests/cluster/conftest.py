@@ -43,9 +43,10 @@ class Run:
         self.output = folder / "job.out"
         self.site(MAX_RESTARTS=3)
 
-    def site(self, **settings) -> None:
+    def site(self, *lines: str, **settings) -> None:
         settings = {"PYTHON": sys.executable, **settings}
-        (self.tree / "launch/site.env").write_text("".join(f"{k}='{v}'\n" for k, v in settings.items()))
+        lines = (*(f"{key}='{value}'" for key, value in settings.items()), *lines)
+        (self.tree / "launch/site.env").write_text("\n".join(lines) + "\n")
 
     def submit(self, *options: str, words: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> str:
         """`sbatch OPTIONS launch/pretrain.slurm WORDS` from a folder elsewhere. Returns the job's number."""
@@ -59,7 +60,7 @@ class Run:
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait(self, job: str, state: str, seconds: float = 120) -> None:
+    def wait(self, job: str, state: str, seconds: float = 300) -> None:
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"} - {state}
 
         def there() -> bool:
@@ -83,7 +84,7 @@ class Run:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.resume()
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         wait_for(lambda: self.last_step() >= step, seconds, f"step {step}")
 
     def last_step(self) -> int:
