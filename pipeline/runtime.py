@@ -102,9 +102,9 @@ def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"environment variable MASTER_PORT: expected a port, 1 to 65535, found {port!r}")
     hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Rendezvous(
-        environ["MASTER_ADDR"], int(port), hosted, f"meeting/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    )
+    # A store of rank 0's own is fresh at each start, which the nodes may count differently.
+    start = f"/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if hosted else ""
+    return Rendezvous(environ["MASTER_ADDR"], int(port), hosted, f"meeting{start}")
 
 
 def free_port() -> int:

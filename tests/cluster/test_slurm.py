@@ -129,7 +129,7 @@ def test_a_job_that_gets_nowhere_stops(run):
     job = run.submit(words=(*SMALL, "data.train=data/digits/train-{000..007}.tar"))
     run.wait(job, "FAILED")
     assert run.cluster.job(job)["Restarts"] == "1"
-    assert run.said().count("FAILED shards") == 2
+    assert len(re.findall(r"\d+ problems", run.said())) == 2
     assert "step ended with failed (preflight: shards: rank 0 on n1: " in run.said()
     assert "shard not found; check data.train" in run.said()
     assert "no newer checkpoint than step 0 after 1 restarts: giving up" in run.said()
@@ -137,13 +137,13 @@ def test_a_job_that_gets_nowhere_stops(run):
 
 def test_mistakes_fail_at_once(run):
     job = run.submit(words=("optimizer.lrr=1",))
-    run.wait(job, "FAILED", 60)
+    run.wait(job, "FAILED", 120)
     assert "optimizer.lrr: unknown key" in run.said()
     assert run.cluster.job(job)["Restarts"] == "0"
     assert not run.path.exists()
     run.site(NETWORK_INTERFACE="ib7")
     job = run.submit()
-    run.wait(job, "FAILED", 60)
+    run.wait(job, "FAILED", 120)
     assert "NETWORK_INTERFACE=ib7: no such interface with an IPv4 address on n1" in run.said()
     assert run.cluster.job(job)["Restarts"] == "0"
 
