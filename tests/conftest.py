@@ -54,7 +54,7 @@ def start(*words, launcher=("python",), script="pipeline/train.py", environ=(), 
 def train(*words, launcher=("python",), **options):
     """Runs the training command to its end: (exit code, output)."""
     process = start(*words, launcher=launcher, **options)
-    output, _ = process.communicate(timeout=580)  # pytest-timeout ends ordinary tests sooner
+    output, _ = process.communicate(timeout=1180)  # pytest-timeout ends ordinary tests sooner
     return process.returncode, output
 
 
