@@ -127,8 +127,9 @@ class Machines:
 def power_off(process: subprocess.Popen) -> None:
     """Ends everything that runs on a node, as pulling its plug does."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        if child.name() == "unshare":
-            child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # those below one go with it
+            if child.name() == "unshare":
+                child.kill()
     process.wait(30)
 
 
@@ -252,11 +253,11 @@ def wait_for(true, seconds: float, what: str):
 def ranks_of(run, script: str = "pipeline/train.py") -> list[psutil.Process]:
     """The processes of a run that run a script, without those that they have started."""
     found = {}
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "ppid"]):  # attributes that stay when a process ends
         words = process.info["cmdline"] or []
         if f"run.dir={run.path}" in words and any(word.endswith(script) for word in words[:3]):
             found[process.pid] = process
-    return [process for process in found.values() if process.ppid() not in found]
+    return [process for process in found.values() if process.info["ppid"] not in found]
 
 
 def copy_tree(root: Path, tree: Path) -> None:

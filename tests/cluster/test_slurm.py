@@ -162,8 +162,8 @@ def test_a_node_that_loses_power_is_waited_for_or_done_without(cluster, tree, tm
         run.wait_for_step(60)
         for rank in ranks_of(run):
             rank.suspend()  # the other one has still to come there
-    cluster.power_off("n2")
     try:
+        cluster.power_off("n2")
         for rank in (*ranks_of(fewer), *ranks_of(same)):
             rank.resume()
         fewer.wait(jobs[0], "COMPLETED")
