@@ -3,8 +3,10 @@
 Imports torch only where it is used, so that signals are caught from the first moment of a process.
 """
 
+import contextlib
 import datetime
 import os
+import re
 import signal
 import socket
 import time
@@ -66,10 +68,18 @@ def export_ranks(ranks: Ranks, environ: Any) -> None:
     environ["LOCAL_RANK"] = str(ranks.local_rank)
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
     if "MASTER_ADDR" not in environ:
-        environ["MASTER_ADDR"] = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        environ["MASTER_ADDR"] = slurm_head(environ) or environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     if "MASTER_PORT" not in environ:
         job = environ.get("SLURM_JOB_ID")
         environ["MASTER_PORT"] = str(20000 + int(job) % 20000 if job else free_port())
+
+
+def slurm_head(environ: Mapping[str, str]) -> str | None:
+    """The step's first node, "r[07-09]n[1-2],x3" -> "r07n1", if its name resolves; srun itself may run elsewhere."""
+    names = re.sub(r"\[(\d+)[^]]*\]", r"\1", environ.get("SLURM_STEP_NODELIST", ""))
+    with contextlib.suppress(OSError):
+        return names.split(",")[0] if names and socket.gethostbyname(names.split(",")[0]) else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,9 @@ def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"environment variable MASTER_PORT: expected a port, 1 to 65535, found {port!r}")
     hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Rendezvous(
-        environ["MASTER_ADDR"], int(port), hosted, f"meeting/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    )
+    # A store of rank 0's own is fresh at each start, which the nodes may count differently.
+    start = f"/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if hosted else ""
+    return Rendezvous(environ["MASTER_ADDR"], int(port), hosted, f"meeting{start}")
 
 
 def read_accelerate(environ: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pipeline.engine import EngineConfig, TrainingState, check_launcher, plan_ba
 from pipeline.errors import UserError
 from pipeline.objectives.classification import Config
 from pipeline.optimizer import OptimizerConfig, build_optimizer, moment_names, parameter_groups, skip_step
-from pipeline.runtime import Ranks, read_accelerate, read_ranks
+from pipeline.runtime import Ranks, export_ranks, read_accelerate, read_ranks
 from pipeline.schedule import ScheduleConfig, learning_rate
 from tests.conftest import ROOT
 from vit.model import ViT, ViTConfig
@@ -189,6 +189,10 @@ def test_ranks_are_read_from_each_launcher():
     srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0",
             "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}  # fmt: skip
     assert read_ranks(srun) == Ranks(2, 4, 0, 2)
+    for nodes, address in (("localhost,x[01-03]", "localhost"), ("no-such-host[07-09]n[1-2],x", "10.0.0.7")):
+        environ = {"SLURM_STEP_NODELIST": nodes, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+        export_ranks(read_ranks(srun), environ)
+        assert environ["MASTER_ADDR"] == address
     with pytest.raises(UserError, match="WORLD_SIZE: expected a number, found 'two'"):
         read_ranks({"RANK": "0", "WORLD_SIZE": "two"})
 
