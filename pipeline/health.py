@@ -3,8 +3,6 @@
 Each step leaves three numbers on the device; they are read once a log interval, summed over the ranks.
 """
 
-import json
-import os
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from pipeline.engine import Engine
 from pipeline.errors import UserError
+from pipeline.monitor.jsonl import Lines
 from pipeline.options import option
 
 SIGMA_OF_MAD = 1.4826  # standard deviations in a normal distribution's median absolute deviation
@@ -120,7 +119,7 @@ class Health:
     config: HealthConfig
     engine: Engine
     detector: SpikeDetector
-    run_dir: str
+    notes: Lines  # health.jsonl
     counts: dict[str, int]  # of this run: spikes, nonfinite_steps
     devices: list[str] = field(default_factory=list)  # of each rank
     pending: list[tuple[int, Tensor, list[str]]] = field(default_factory=list)
@@ -239,8 +238,8 @@ class Health:
 
     def _note(self, entry: dict[str, Any]) -> None:
         if self.engine.ranks.is_main:
-            with open(os.path.join(self.run_dir, "health.jsonl"), "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            self.notes.write(entry)
+            self.notes.flush()
 
     def _tell(self, message: str) -> None:
         if self.engine.ranks.is_main:
