@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 EXIT_USER_ERROR = 2
-HANG_SECONDS = 8  # of the watchdog, when a rank is stopped
+HANG_SECONDS = 5.0  # of the watchdog, when a rank is stopped; more where steps are slow
 PATIENCE_SECONDS = 600.0  # for a start, or for a job's end
 FULL_DISK_BYTES = 1024  # of a file; less would fail the semaphores that processes share, too
 TOLERANCE = {"no": 1e-4, "bf16": 3e-2, "fp16": 3e-2}  # with another number of ranks, whose sums have another order
@@ -253,7 +253,7 @@ def poison(drill: Drill, name: str) -> tuple[Outcome, Result]:
 
 def stop_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
     """A rank stands still (SIGSTOP): the others explain it and end the job."""
-    job = drill.start(name, f"health.hang_seconds={HANG_SECONDS}")
+    job = drill.start(name, f"health.hang_seconds={max(HANG_SECONDS, 20 * drill.step_seconds):.1f}")
     drill.wait_for_step(name, job, drill.steps // 2)
     stopped = drill.ranks - 1
     outcome = Outcome(name, f"SIGSTOP to rank {stopped} at step {last_step(drill.run_dir(name))}")
