@@ -107,6 +107,7 @@ def test_a_drill_that_loses_something_says_so(tmp_path):
     assert "weights differ by" in "\n".join(compare(result("far", losses, "ab", 1.5), expected, 3, tolerance=1e-2))
 
 
+@pytest.mark.integration
 def test_ctrl_c_ends_a_drill_with_all_its_processes(digits, tmp_path):
     command = [sys.executable, "-m", "pipeline.drill", *CONFIG, *WORDS[:6], *data(digits), "--dir", str(tmp_path / "d")]
     process = subprocess.Popen(
