@@ -174,13 +174,15 @@ class Health:
         self.detector.renew()
 
     def name_slow_ranks(self, step: int, forward_seconds: list[float], waited_seconds: float) -> dict[str, float]:
-        """Compares the ranks by the median of a log interval's forward passes, in which none waits for another.
+        """Compares the ranks by the mean of a log interval's forward passes, in which none waits for another.
 
+        The slowest one is left out: one hiccup is none, while a rank that is throttled stands still again and again.
         `waited_seconds` is how long this rank has waited for data. Collective.
         """
         if self.engine.ranks.world_size == 1 or not forward_seconds:
             return {}
-        own = [statistics.median(forward_seconds), waited_seconds]
+        steady = sorted(forward_seconds)[:-1] or forward_seconds
+        own = [statistics.mean(steady), waited_seconds]
         mine = torch.tensor([own], dtype=torch.float64, device=self.engine.device)
         times, waits = zip(*self.engine.gather_rows(mine).tolist(), strict=True)
         ratios = [seconds / statistics.median_low(times) for seconds in times]

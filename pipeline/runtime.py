@@ -196,8 +196,9 @@ class StopSignal:
 
     def _listen(self) -> None:
         while self.count < 3:
+            first = self.count == 0
             self.catch(signal.Signals(signal.sigwait(SIGNALS)).name, time.monotonic())
-            if self.count == 1 and os.environ.get("RANK", "0") == "0":
+            if first and os.environ.get("RANK", "0") == "0":
                 print(f"\n{self.name}: saves and ends; a third signal ends it at once", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
             self.on_end(f"{self.name}, the third signal: ended without saving")

@@ -132,7 +132,7 @@ def marked(variable):
     return found
 
 
-def until(happened, seconds=240.0):
+def until(happened, seconds=500.0):
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end
@@ -165,7 +165,7 @@ class Chain:
 
     def check_saved(self, job, how):
         """In order, nothing lost, and every checkpoint whole. Returns whether the run goes on."""
-        assert job.wait(240) == 0, f"{how}: {job.said()}"
+        assert job.wait(500) == 0, f"{how}: {job.said()}"
         ended = json.loads((self.run / "exit.json").read_text())
         if ended["status"] != "finished":
             assert (ended["status"], ended["reason"]) == ("saved: start me again", how), job.said()
@@ -176,7 +176,7 @@ class Chain:
 
     def finish(self):
         job = self.start()
-        assert job.wait(240) == 0, job.said()
+        assert job.wait(500) == 0, job.said()
         return read_result(str(self.run))
 
 
