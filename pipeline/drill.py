@@ -82,7 +82,7 @@ class Drill:
     def run_dir(self, name: str) -> str:
         return os.path.join(self.folder, name, "run")
 
-    def start(self, name: str, *words: str, ranks: int | None = None) -> Job:
+    def start(self, name: str, *words: str, ranks: int | None = None, **environ: str) -> Job:
         """Starts the run of a drill, or starts it again."""
         os.makedirs(os.path.join(self.folder, name), exist_ok=True)
         count = sum(entry.startswith("output-") for entry in os.listdir(os.path.join(self.folder, name)))
@@ -90,7 +90,7 @@ class Drill:
         own += ["run.log_every_steps=1", "data.log_samples=true", f"checkpoint.every_steps={self.every}"]
         own += [f"run.dir={self.run_dir(name)}", *words]
         output = os.path.join(self.folder, name, f"output-{count + 1:03d}.txt")
-        job = Job(["--config", self.path, *own], ranks or self.ranks, output)
+        job = Job(["--config", self.path, *own], ranks or self.ranks, output, environ)
         self.jobs.append(job)
         return job
 
@@ -255,7 +255,9 @@ def poison(drill: Drill, name: str) -> tuple[Outcome, Result]:
 
 def stop_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
     """A rank stands still (SIGSTOP): the others explain it and end the job."""
-    job = drill.start(name, f"health.hang_seconds={max(HANG_SECONDS, 20 * drill.step_seconds):.1f}")
+    hang = max(HANG_SECONDS, 20 * drill.step_seconds)
+    # torchrun waits for so long before it kills a rank that stands still.
+    job = drill.start(name, f"health.hang_seconds={hang:.1f}", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
     drill.wait_for_step(name, job, drill.steps // 2)
     stopped = drill.ranks - 1
     outcome = Outcome(name, f"SIGSTOP to rank {stopped} at step {last_step(drill.run_dir(name))}")
