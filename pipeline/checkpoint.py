@@ -80,7 +80,9 @@ class Saver:
 
     def wanted(self) -> bool:
         """Whether it is time for a checkpoint by the clock, or to try again after a failure."""
-        minutes = RETRY_MINUTES if self.failure else self.config.every_minutes
+        minutes = self.config.every_minutes
+        if self.failure is not None:
+            minutes = min(RETRY_MINUTES, minutes or RETRY_MINUTES)
         return minutes is not None and time.monotonic() - self.clock > 60 * minutes
 
     def wait(self) -> None:

@@ -5,14 +5,16 @@ Imports torch only where it is used, so that signals are caught from the first m
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import re
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from pipeline.errors import UserError
@@ -155,8 +157,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_SECONDS = 0.5  # a launcher passes on what its group has got already: two within this time are one
+
+
 class StopSignal:
     """Remembers SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a third one ends the process at once.
+
+    The signals are blocked, and a thread waits for them: no system call is interrupted, they count while the main
+    thread is deep in a library, and all children inherit the block: a signal to the whole process group ends neither
+    data workers nor the compilers that torch.compile starts.
 
     A file named `STOP` in the run directory counts as one: a batch system's shell can leave it where a signal would
     kill the launcher. It is looked for at most once a second.
@@ -166,12 +176,14 @@ class StopSignal:
         self.name: str | None = None
         self.count = 0
         self.file: str | None = None
-        self.looked = 0.0
+        self.began, self.looked, self.came = time.time(), 0.0, float("-inf")
+        self.on_end: Callable[[str], None] = lambda reason: None  # before a third signal ends the process
 
     def watch(self, file: str) -> None:
-        """Looks for this file from now on; one that an earlier start has left goes."""
-        if self.file is None and os.path.exists(file):
-            os.remove(file)
+        """Looks for this file from now on; one that is older than this process was meant for an earlier start."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.file is None and os.stat(file).st_mtime < self.began:
+                os.remove(file)
         self.file = file
 
     def wanted(self) -> bool:
@@ -182,20 +194,37 @@ class StopSignal:
         return self.name is not None
 
     def install(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._catch)
+        """From the main thread, before there are others."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self.count += 1
-        if self.count >= 3:
-            raise KeyboardInterrupt
+    def uninstall(self) -> None:
+        """For commands that have nothing to save."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _listen(self) -> None:
+        while self.count < 3:
+            first = self.count == 0
+            self.catch(signal.Signals(signal.sigwait(SIGNALS)).name, time.monotonic())
+            if first and os.environ.get("RANK", "0") == "0":
+                print(f"\n{self.name}: saves and ends; a third signal ends it at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self.on_end(f"{self.name}, the third signal: ended without saving")
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + signal.Signals[self.name or "SIGTERM"])
+
+    def catch(self, name: str, when: float) -> None:
+        """Counts a signal that came at `when`, in seconds."""
+        if when - self.came > SAME_SECONDS:
+            self.count += 1
+        self.name, self.came = name, when
 
 
 def ignore_signals() -> None:
     """For data workers: the group's signal must not kill them before their rank has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -256,6 +256,7 @@ class Trainer:
         return {"evaluation": self.last_evaluation, "health": self.health.saved(), "skipped_steps": list(self.skips)}
 
     def _settle(self, step: int) -> None:
+        self.ledger.flush()
         if self.bad_rows_seen:
             self.bad_rows_seen = False
             self._stop_if(self.ledger.settle("train", self.epoch_rows or step * self.engine.plan.global_batch), step)
@@ -279,10 +280,9 @@ class Trainer:
 
     def close(self) -> None:
         self.watchdog.stop()
-        self.ledger.close()
+        self.ledger.flush()
         self.saver.wait()
-        for sink in self.sinks:
-            sink.close()
+        self._show("close")
         for loader in (self.train, self.val):
             if loader is not None:
                 loader.close()

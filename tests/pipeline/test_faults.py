@@ -69,6 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if fault == "hang":
+            time.sleep(300)
         data = path.read_bytes()
         if fault == "truncate":
             data = data[: len(data) // 4]
