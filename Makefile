@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: pretrain test check test-integration test-cluster test-container clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
 test: check  ## style, types, layers and the default tests, under ten minutes
-	$(BIN)/pytest --cov
+	$(PYTEST) --cov
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -20,14 +22,14 @@ check: $(INSTALLED)
 	$(BIN)/yamllint .pre-commit-config.yaml configs docker launch
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
-	$(BIN)/pytest -m integration
+	$(PYTEST) -m integration
 
 test-container:  ## docker/Dockerfile: build, run and test it; needs docker, podman, or root on Debian
 	tests/container/run.sh
 
 test-cluster: $(INSTALLED)  ## jobs on a real Slurm cluster on this machine, and torchrun on two hosts (best as root)
 	tests/cluster/install.sh
-	$(BIN)/pytest -m cluster
+	$(PYTEST) -m cluster
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,10 @@ import webdataset
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader
 
-from pipeline.data.augment import flip, inception_crop
+from pipeline.data.augment import flip, inception_crop, rand_augment
 from pipeline.data.decode import decode
 from pipeline.data.index import Index, load_index, write_index
-from pipeline.data.loader import DataConfig, Loader, train_stream
+from pipeline.data.loader import DataConfig, Loader, keep_freed_memory, train_stream
 from pipeline.runtime import Ranks
 
 SIZE, BATCH, POOL = 224, 64, 1024
@@ -91,10 +92,8 @@ def write_data(folder: str, count: int) -> dict[str, str]:
 # What is measured: each candidate yields batches without end.
 
 
-def our_policies(rand_augment: bool) -> tuple[Any, ...]:
-    if not rand_augment:
-        return CROP, flip.Config()
-    return CROP, flip.Config(), importlib.import_module("pipeline.data.augment.rand_augment").Config()
+def our_policies(augmented: bool) -> tuple[Any, ...]:
+    return CROP, flip.Config(), *([rand_augment.Config()] if augmented else [])
 
 
 def open_loader(urls: str, workers: int, policies: tuple[Any, ...], start_step: int = 0, **options: Any) -> Loader:
@@ -104,8 +103,8 @@ def open_loader(urls: str, workers: int, policies: tuple[Any, ...], start_step: 
     return Loader(stream, workers, CPU)
 
 
-def ours(urls: str, workers: int, rand_augment: bool = False) -> Iterator[int]:
-    loader = open_loader(urls, workers, our_policies(rand_augment))
+def ours(urls: str, workers: int, augmented: bool = False) -> Iterator[int]:
+    loader = open_loader(urls, workers, our_policies(augmented))
     try:
         for batch in loader:
             assert batch.images.dtype == torch.uint8
@@ -114,14 +113,18 @@ def ours(urls: str, workers: int, rand_augment: bool = False) -> Iterator[int]:
         loader.close()
 
 
-def limit(urls: str, workers: int, rand_augment: bool = False) -> Iterator[int]:
-    """Decode, crop and flip alone, from memory, in as many processes: nothing is read, batched or passed on."""
+def limit(urls: str, workers: int, augmented: bool = False) -> Iterator[int]:
+    """Decode, crop and flip alone, from memory, in as many processes: nothing is read, shuffled or passed on.
+
+    The functions are those of the pipeline, with the memory settings of its workers.
+    """
     samples = [sample["jpg"] for sample in webdataset.WebDataset(list_urls(urls), shardshuffle=False)]
-    policies = our_policies(rand_augment)
+    policies = our_policies(augmented)
     done = multiprocessing.get_context("fork").SimpleQueue()
 
     def work(worker: int) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         rng = np.random.default_rng(worker)
         pixels = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
         while True:
@@ -151,8 +154,8 @@ def list_urls(pattern: str) -> list[str]:
 class PeerCrop:
     """torchvision's RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, step by step, on PIL and torch."""
 
-    def __init__(self, filter: Image.Resampling, rand_augment: bool):
-        self.filter, self.rand_augment = filter, rand_augment
+    def __init__(self, filter: Image.Resampling, augmented: bool):
+        self.filter, self.augmented = filter, augmented
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         width, height = image.size
@@ -167,7 +170,7 @@ class PeerCrop:
         image = image.resize((SIZE, SIZE), self.filter)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.rand_augment:
+        if self.augmented:
             image = pil_rand_augment(image)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)  # (3, S, S)
         return pixels.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
@@ -201,24 +204,24 @@ def pil_rand_augment(image: Image.Image) -> Image.Image:
     return image
 
 
-def torchvision_crop(filter: Image.Resampling, rand_augment: bool) -> Callable[[Image.Image], torch.Tensor]:
+def torchvision_crop(filter: Image.Resampling, augmented: bool) -> Callable[[Image.Image], torch.Tensor]:
     """The peer's transform: torchvision's own where it can be imported."""
     try:
         from torchvision import transforms
     except (ImportError, RuntimeError):
-        return PeerCrop(filter, rand_augment)
+        return PeerCrop(filter, augmented)
     mode = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}[filter]
     crop = transforms.RandomResizedCrop(
         SIZE, (CROP.min_area, CROP.max_area), interpolation=transforms.InterpolationMode(mode)
     )
-    steps = [crop, transforms.RandomHorizontalFlip(), *([transforms.RandAugment(2, 15)] if rand_augment else [])]
+    steps = [crop, transforms.RandomHorizontalFlip(), *([transforms.RandAugment(2, 15)] if augmented else [])]
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
 def peer(
-    urls: str, workers: int, rand_augment: bool = False, filter: Image.Resampling = Image.Resampling.BICUBIC
+    urls: str, workers: int, augmented: bool = False, filter: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Iterator[int]:
-    transform = torchvision_crop(filter, rand_augment)
+    transform = torchvision_crop(filter, augmented)
     data = (
         webdataset.WebDataset(list_urls(urls), resampled=True, shardshuffle=False)
         .shuffle(POOL)
@@ -264,73 +267,110 @@ def dali(urls: str, workers: int) -> Iterator[int]:
 # Measuring.
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of all below it, the workers that run now."""
-    total = 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        times = process.cpu_times()
-        total += times.user + times.system
-    return total
+class Runner:
+    """One candidate with its worker processes, which run while it is measured, and stand still while others are."""
+
+    def __init__(self, batches: Iterator[int], warm_up: int):
+        others = set(psutil.Process().children(recursive=True))
+        self.batches = batches
+        for _ in range(warm_up):
+            next(batches)
+        self.workers = [p for p in psutil.Process().children(recursive=True) if p not in others]
+        self.stop()
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.suspend()
+
+    def measure(self, seconds: float) -> tuple[float, float]:
+        """Images per second of CPU and of the clock, over so many seconds of CPU."""
+        for worker in self.workers:
+            worker.resume()
+        images, cpu, clock, spent = 0, self.cpu_seconds(), time.perf_counter(), 0.0
+        while spent < seconds:
+            images += next(self.batches)
+            spent = self.cpu_seconds() - cpu
+        result = images / spent, images / (time.perf_counter() - clock)
+        self.stop()
+        return result
+
+    def cpu_seconds(self) -> float:
+        """Of this process and the workers."""
+        times = [worker.cpu_times() for worker in self.workers]
+        return time.process_time() + sum(t.user + t.system for t in times)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.resume()
+        self.batches.close()  # type: ignore[attr-defined]
 
 
-def rate(batches: Iterator[int], warm_up: int, seconds: float) -> tuple[float, float]:
-    """Images per second of CPU and of the clock, once the first `warm_up` batches have come."""
-    for _ in range(warm_up):
-        next(batches)
-    images, cpu, clock = 0, cpu_seconds(), time.perf_counter()
-    while time.perf_counter() - clock < seconds:
-        images += next(batches)
-    result = images / (cpu_seconds() - cpu), images / (time.perf_counter() - clock)
-    batches.close()  # type: ignore[attr-defined]
-    return result
+RATIOS = (
+    ("(a) ours", "(b) usual"),
+    ("(a) ours", "(c) limit"),
+    ("(a) ours + RandAugment", "(b) usual + RandAugment"),
+    ("(a) ours + RandAugment", "(c) limit + RandAugment"),
+    ("(a) ours + RandAugment", "(a) ours"),
+)
 
 
-def throughput(folder: str, quick: bool, only: list[str] | None) -> dict[str, Any]:
+def throughput(folder: str, words: argparse.Namespace) -> dict[str, Any]:
+    quick = words.quick
     data = write_data(folder, 128 if quick else 1024)
     # Warm: all lanes have read their second window, and memory has been freed and used again.
-    repeats, warm_up, seconds, counts = (1, 1, 0.5, (1,)) if quick else (5, 2 * POOL // BATCH, 2.5, (1, 2))
+    warm_up, seconds, rounds = (1, 0.3, 2) if quick else (2 * POOL // BATCH, words.seconds, words.rounds)
     candidates: dict[str, Callable[..., Iterator[int]]] = {
         "(a) ours": ours, "(b) usual": peer, "(b) bilinear": peer_bilinear, "(c) limit": limit,
+        "(a) ours + RandAugment": partial(ours, augmented=True),
+        "(b) usual + RandAugment": partial(peer, augmented=True),
+        "(c) limit + RandAugment": partial(limit, augmented=True),
     }  # fmt: skip
-    if importlib.util.find_spec("pipeline.data.augment.rand_augment"):
-        candidates["(a) ours + RandAugment"] = lambda urls, workers: ours(urls, workers, rand_augment=True)
-        candidates["(c) limit + RandAugment"] = lambda urls, workers: limit(urls, workers, rand_augment=True)
-    candidates["(b) usual + RandAugment"] = lambda urls, workers: peer(urls, workers, rand_augment=True)
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         candidates["(d) DALI, CPU"] = dali
     else:
         print("DALI is not installed")
-    candidates = {name: run for name, run in candidates.items() if only is None or name in ("(b) usual", *only)}
+    candidates = {name: run for name, run in candidates.items() if words.only is None or name in words.only}
     source = "own steps on PIL" if isinstance(torchvision_crop(Image.BICUBIC, False), PeerCrop) else "torchvision"
     print(f"the usual pipeline's transforms: {source}")
 
-    runs: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
-    for _ in range(repeats):  # in turns, so that a slow minute of the machine meets all of them
-        for shards, urls in data.items():
-            for workers in counts:
-                for name, candidate in candidates.items():
-                    runs.setdefault((shards, workers, name), []).append(
-                        rate(candidate(urls, workers), warm_up, seconds)
-                    )
+    found: dict[tuple[str, int], dict[str, list[tuple[float, float]]]] = {}
+    for shards, urls in data.items():
+        for workers in (1,) if quick else words.workers:
+            runners = {name: Runner(run(urls, workers), warm_up) for name, run in candidates.items()}
+            rates = found[shards, workers] = {name: [] for name in runners}
+            for number in range(rounds):  # in turns, so that a slow minute of the machine meets all of them
+                for name in runners if number % 2 else reversed(runners):
+                    rates[name].append(runners[name].measure(seconds))
+            for runner in runners.values():
+                runner.close()
+    return {"transforms": source, "rows": table(found), "ratios": ratios(found)}
 
-    medians = {key: [statistics.median(column) for column in zip(*found, strict=True)] for key, found in runs.items()}
+
+def table(found: dict[tuple[str, int], dict[str, list[tuple[float, float]]]]) -> list[dict[str, Any]]:
     rows = []
-    print(
-        f"\n{'shards':10}{'workers':>8}  {'':26}{'img/CPU-s':>10}{'img/s':>8}{'vs (b)':>8}{'vs (b) on originals':>21}"
-    )
-    for (shards, workers, name), (per_cpu, per_second) in medians.items():
-        same, first = medians[shards, workers, "(b) usual"][0], medians["originals", workers, "(b) usual"][0]
-        rows.append({"shards": shards, "workers": workers, "name": name, "images_per_cpu_second": per_cpu,
-                     "images_per_second": per_second, "ratio": per_cpu / same, "ratio_to_originals": per_cpu / first,
-                     "runs": runs[shards, workers, name]})  # fmt: skip
-        print(
-            f"{shards:10}{workers:8}  {name:26}{per_cpu:10.0f}{per_second:8.0f}{per_cpu / same:7.2f}x"
-            f"{per_cpu / first:20.2f}x"
-        )
-    for shards in data if only is None or {"(a) ours", "(c) limit"} <= set(only) else ():
-        share = medians[shards, 1, "(a) ours"][0] / medians[shards, 1, "(c) limit"][0]
-        print(f"(a) / (c) on {shards}, one worker: {share:.2f}")
-    return {"transforms": source, "rows": rows}
+    print(f"\n{'shards':10}{'workers':>8}  {'':26}{'img/CPU-s':>10}{'img/s':>8}")
+    for (shards, workers), rates in found.items():
+        for name, turns in rates.items():
+            per_cpu, per_second = (statistics.median(column) for column in zip(*turns, strict=True))
+            rows.append({"shards": shards, "workers": workers, "name": name, "images_per_cpu_second": per_cpu,
+                         "images_per_second": per_second, "turns": turns})  # fmt: skip
+            print(f"{shards:10}{workers:8}  {name:26}{per_cpu:10.0f}{per_second:8.0f}")
+    return rows
+
+
+def ratios(found: dict[tuple[str, int], dict[str, list[tuple[float, float]]]]) -> list[dict[str, Any]]:
+    """Of images per CPU second: the median over the rounds, each of which compares neighbours in time."""
+    rows = []
+    print(f"\n{'shards':10}{'workers':>8}  {'':51}{'median':>6}   quartiles")
+    for (shards, workers), rates in found.items():
+        for first, second in RATIOS:
+            if first in rates and second in rates:
+                each = [a / b for (a, _), (b, _) in zip(rates[first], rates[second], strict=True)]
+                low, middle, high = statistics.quantiles(each, n=4)
+                rows.append({"shards": shards, "workers": workers, "of": first, "to": second, "ratio": middle,
+                             "quartiles": [low, high], "rounds": each})  # fmt: skip
+                print(f"{shards:10}{workers:8}  {first:23} / {second:25}{middle:6.2f}   {low:.2f} to {high:.2f}")
+    return rows
 
 
 def resume(folder: str, quick: bool) -> dict[str, Any]:
@@ -379,6 +419,9 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="memory of the workers over three epochs")
     parser.add_argument("--quick", action="store_true", help="little data, one round: shows that it runs")
     parser.add_argument("--only", nargs="+", metavar="NAME", help='of the throughput, such as "(a) ours" "(c) limit"')
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of workers (1 2)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each candidate (9)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="CPU seconds of a turn (1.5)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     words = parser.parse_args()
     torch.set_num_threads(1)
@@ -386,7 +429,7 @@ def main() -> int:
         if words.resume or words.memory:
             measured = (resume if words.resume else memory)(folder, words.quick)
         else:
-            measured = throughput(folder, words.quick, words.only)
+            measured = throughput(folder, words)
     found = {"cores": os.cpu_count(), "torch": torch.__version__, **measured}
     if words.json:
         with open(words.json, "w") as file:

@@ -1,12 +1,14 @@
 """A training step of our model beside those of timm, torchvision and Hugging Face.
 
     python bench/model.py                                       # small, on a CPU
-    python bench/model.py --variant B/16 --batch 2 --only ours hf-sdpa   # the published size there
+    python bench/model.py --variant B/16 --batch 1 --only hf-sdpa ours   # the published size there
     python bench/model.py --variant B/16 --batch 256 --precision bf16    # on a GPU
 
-All have the same weights, batch, precision, loss, clipping and AdamW. A round goes through them forwards and then
-backwards (A B C, C B A), so that a drift of the machine's speed hits all alike; figures are medians over rounds.
-Ratios compare within a round. A peer that can't be imported is left out with a message.
+All have the same weights, batch, precision, loss, clipping and AdamW (the fused kernel, as in the pipeline). A round
+goes through them forwards and then backwards (A B C, C B A), so that a drift of the machine's speed hits all alike.
+Ratios compare within a round; given are their median and, in brackets, their quartiles. On a CPU there are two of them:
+by the clock, and by the seconds that the process computed, which other processes disturb less (best with --threads 1).
+A peer that can't be imported is left out with a message. Ctrl-C ends the run with the table of the rounds so far.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,13 @@ CONTENDERS: dict[str, Callable[[ViTConfig, dict[str, Tensor]], nn.Module]] = {
 }
 
 
+class Seconds(NamedTuple):
+    """Of one step: by the clock, and computed by all threads of this process."""
+
+    clock: float
+    cpu: float
+
+
 @dataclass
 class Contender:
     """One model with its optimizer, and what was measured of it."""
@@ -101,7 +110,7 @@ class Contender:
     compile_seconds: float = 0.0
     peak_bytes: int = 0
     first_loss: float = 0.0
-    round_seconds: list[float] = field(default_factory=list)  # of a step, one a round
+    rounds: list["Seconds"] = field(default_factory=list)  # of a step
 
     def step(self, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -122,14 +131,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], Any], device: torch.device, times: int) -> float:
+def seconds(run: Callable[[], Any], device: torch.device, times: int) -> Seconds:
     """Of one call, as the mean of `times`."""
     wait(device)
-    began = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         run()
     wait(device)
-    return (time.perf_counter() - began) / times
+    return Seconds((time.perf_counter() - clock) / times, (time.process_time() - cpu) / times)
 
 
 def prepare(config: ViTConfig, names: list[str], batch: tuple[Tensor, Tensor, torch.dtype]) -> list[Contender]:
@@ -145,12 +154,12 @@ def prepare(config: ViTConfig, names: list[str], batch: tuple[Tensor, Tensor, to
         except (ImportError, RuntimeError) as error:  # torchvision's operators raise RuntimeError where they don't fit
             print(f"{name}: left out: {str(error).splitlines()[0]}")
             continue
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
         contender = Contender(name, model, optimizer)
         losses = []
         first = seconds(lambda c=contender, found=losses: found.append(c.step(*batch)), device, 1)
         contender.first_loss = float(losses[0])
-        contender.compile_seconds = first - seconds(lambda c=contender: c.step(*batch), device, 1)
+        contender.compile_seconds = first.clock - seconds(lambda c=contender: c.step(*batch), device, 1).clock
         if device.type == "cuda":
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -164,24 +173,32 @@ def prepare(config: ViTConfig, names: list[str], batch: tuple[Tensor, Tensor, to
 def measure_product(side: int, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a large square matrix product."""
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    return 2 * side**3 / seconds(lambda: a @ b, device, 5)
+    return 2 * side**3 / seconds(lambda: a @ b, device, 5).clock
+
+
+def ratio(first: list[float], own: list[float]) -> str:
+    """How much faster than the first, round by round: median [lower quartile, upper quartile]."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(first, own, strict=True)], n=4, method="inclusive")
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def table(config: ViTConfig, contenders: list[Contender], rows: int, product: float, device: torch.device) -> str:
     flops = training_flops(config)
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    by_cpu = device.type == "cpu"
     lines = [
-        "| | images/s | ratio to the first | of the product | MFU | peak memory | compile time |",
-        "|---|---|---|---|---|---|---|",
+        f"| | images/s | ratio to the first |{' by CPU seconds |' if by_cpu else ''} of the product | MFU | peak memory"
+        " | compile time |",
+        "|---" * (8 if by_cpu else 7) + "|",
     ]
     for c in contenders:
-        speed = rows / statistics.median(c.round_seconds)
-        pairs = zip(contenders[0].round_seconds, c.round_seconds, strict=True)
-        ratio = statistics.median(first / own for first, own in pairs)
+        (clock, cpu), (first_clock, first_cpu) = zip(*c.rounds, strict=True), zip(*contenders[0].rounds, strict=True)
+        speed = rows / statistics.median(clock)
         cells = [
             c.name,
             f"{speed:.2f}",
-            f"{ratio:.3f}",
+            ratio(first_clock, clock),
+            *([ratio(first_cpu, cpu)] if by_cpu else []),
             f"{speed * flops / product:.1%}",
             f"{speed * flops / peak:.1%}" if peak else "-",
             f"{c.peak_bytes / 2**30:.2f} GiB" if c.peak_bytes else "-",
@@ -211,13 +228,18 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224, help="pixels (224)")
     parser.add_argument("--batch", type=int, default=4, help="images in a step (4)")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="autocast, or fp32 (fp32)")
-    parser.add_argument("--rounds", type=int, default=5, help="times forwards and backwards through all (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="times forwards and backwards through all (5; from 2 on)")
     parser.add_argument("--steps", type=int, default=1, help="steps of one visit (1)")
+    parser.add_argument("--threads", type=int, help="of a CPU (one per core)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
                         help="who takes part, the first as the measure: " + ", ".join(CONTENDERS))  # fmt: skip
     parser.add_argument("--profile", choices=CONTENDERS, metavar="NAME", help="list this one's longest kernels, only")
     parsed = parser.parse_args()
+    if min(parsed.batch, parsed.rounds - 1, parsed.steps) < 1:
+        parser.error("--batch and --steps: at least 1; --rounds: at least 2")
 
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ViTConfig(**ViTConfig.expand({"variant": parsed.variant, "image_size": parsed.image_size}))
     dtype = DTYPES[parsed.precision]
@@ -230,19 +252,24 @@ def main() -> None:
         return
     contenders = prepare(config, parsed.only, batch)
     side = 8192 if device.type == "cuda" else 2048
-    products = []
-    for _ in range(parsed.rounds):
-        products.append(measure_product(side, dtype, device))
-        spent = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in contenders]
-        back = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in reversed(contenders)]
-        for contender, there, again in zip(contenders, spent, reversed(back), strict=True):
-            contender.round_seconds.append((there + again) / 2)
+    products: list[float] = []
+    try:
+        for _ in range(parsed.rounds):
+            product = measure_product(side, dtype, device)
+            spent = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in contenders]
+            back = [seconds(lambda c=c: c.step(*batch), device, parsed.steps) for c in reversed(contenders)]
+            for contender, there, again in zip(contenders, spent, reversed(back), strict=True):
+                contender.rounds.append(Seconds(*((a + b) / 2 for a, b in zip(there, again, strict=True))))
+            products.append(product)
+    except KeyboardInterrupt:  # what was measured until then is worth printing
+        if len(products) < 2:
+            raise
     product = statistics.median(products)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     gflop = training_flops(config) / 1e9
     print(f"\n{parsed.variant} at {config.image_size} pixels, batch {parsed.batch}, {parsed.precision}, {where},"
           f" torch {torch.__version__}; {gflop:.2f} GFLOP an image;\n{side} x {side} product: {product / 1e12:.3g}"
-          f" TFLOP/s; medians of {parsed.rounds} rounds, {2 * parsed.steps} steps each\n")  # fmt: skip
+          f" TFLOP/s; medians of {len(products)} rounds, {2 * parsed.steps} steps each\n")  # fmt: skip
     print(table(config, contenders, parsed.batch, product, device))
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Starts the ranks of this node and waits for them. The scripts beside it call it with the arguments of
-# pipeline/train.py, and in the environment: PYTHON, LAUNCHER, NETWORK_INTERFACE (settings.sh); NODES, RANKS (of this
-# node), HEAD (address), PORT, RUN_ID, LOGS (folder), NODE_RESTARTS (by the launcher itself), RANKS_GET_SIGNALS (yes:
-# from the batch system).
+# pipeline/train.py, and in the environment: PYTHON, LAUNCHER, PREFLIGHT, NETWORK_INTERFACE (settings.sh); NODES, RANKS
+# (of this node), HEAD (address), PORT, RUN_ID, LOGS (folder), NODE_RESTARTS (by the launcher itself), STOP_FILE (that
+# the signals of a batch system become, if there is one).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # this tree's code, installed or not
@@ -16,13 +16,10 @@ is_host=$([[ $address == "$HEAD" && ${SLURM_NODEID:-0} == 0 ]] && echo true || e
 # Both launchers are torch's elastic agent, and take from PET_* what has no option in `accelerate launch`.
 export PET_LOCAL_ADDR=$address PET_RDZV_ID=$RUN_ID PET_RDZV_ENDPOINT=$HEAD:$PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-if [[ ${RANKS_GET_SIGNALS:-} == yes ]]; then # Slurm signals all processes of a step: a launcher would end its ranks
-    trap '' TERM USR1
-    export PET_SIGNALS_TO_HANDLE=SIGHUP
-fi
 if ((NODE_RESTARTS)); then # a fresh store for each start: nodes may count restarts differently, and read old addresses
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
+LOGS+=/${SLURMD_NODENAME:-$HOSTNAME}
 mkdir -p "$LOGS"
 if [[ $LAUNCHER == accelerate ]]; then
     words=(-m accelerate.commands.launch --config_file launch/accelerate/one_process.yaml --tee 3 --log_dir "$LOGS"
@@ -37,14 +34,19 @@ else
         --rdzv-backend c10d --rdzv-conf "is_host=$is_host" --tee 3 --log-dir "$LOGS")
 fi
 
-# The launcher asks the head for news without a limit of time, and where the network is gone would outlive its ranks.
-watch() { # watch PID: ends it when its ranks, its children, have been gone for too long (a restart waits for others)
+script=launch/start.py
+if [[ $PREFLIGHT != yes || " $* " == *" --dry-run "* ]]; then script=pipeline/train.py; fi
+
+# A launcher asks the head for news without a limit of time, and where the network is gone would outlive its ranks.
+watch() { # watch PID: ends the launcher when its ranks have been gone for too long (a restart waits for others)
     local limit=$((NODE_RESTARTS ? 660 : 60)) ranks_seen='' idle_since=$SECONDS children=()
-    while sleep 2 && [[ -d /proc/$1 ]]; do
+    while grep -sq . "/proc/$1/cmdline"; do # one that has ended has no command, even if nobody has asked for its end
+        if [[ $signal ]]; then touch "$STOP_FILE" "$LOGS/signalled"; fi # again: a rank that starts removes an old one
+        sleep 1 &
+        wait $! || true # a signal ends the waiting
         read -ra children <<<"$(cat "/proc/$1/task/"*/children 2>/dev/null || true)"
-        # One child is this loop. Ranks that have ended, but that nobody has asked for their exit code, have no command.
         children=("${children[@]/#//proc/}")
-        if (($(grep -sl . "${children[@]/%//cmdline}" | wc -l || true) > 1)); then
+        if (($(grep -sl . "${children[@]/%//cmdline}" | wc -l || true) > watchers)); then
             ranks_seen=yes idle_since=$SECONDS
         elif [[ $ranks_seen ]] && ((SECONDS - idle_since > limit)); then
             echo "$HOSTNAME: the ranks ended $limit s ago and the launcher hangs: ending it (is the network up?)" >&2
@@ -52,5 +54,17 @@ watch() { # watch PID: ends it when its ranks, its children, have been gone for 
         fi
     done
 }
-watch $$ &
-exec "$PYTHON" "${words[@]}" pipeline/train.py "$@"
+
+signal=
+if [[ ${STOP_FILE:-} ]]; then # Slurm signals this shell, and at some sites its children: a launcher would end its ranks
+    trap 'signal=TERM' TERM USR1
+    export PET_SIGNALS_TO_HANDLE=SIGHUP
+    (trap '' TERM USR1 && exec "$PYTHON" "${words[@]}" "$script" "$@") &
+    started=$! watchers=0
+    watch "$started"
+    wait "$started"
+else # a terminal's Ctrl-C is the launcher's
+    watchers=1
+    watch $$ &
+    exec "$PYTHON" "${words[@]}" "$script" "$@"
+fi

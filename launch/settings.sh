@@ -4,13 +4,14 @@
 PYTHON=python3
 if [[ -x .venv/bin/python ]]; then PYTHON=$PWD/.venv/bin/python; fi
 LAUNCHER=torchrun
+PREFLIGHT=yes
 RANKS_PER_NODE=
 MAX_RESTARTS=3
 NETWORK_INTERFACE=
 CONTAINER=()
 # shellcheck source=launch/site.env.example
 if [[ -f launch/site.env ]]; then source launch/site.env; fi
-export PYTHON LAUNCHER NETWORK_INTERFACE
+export PYTHON LAUNCHER PREFLIGHT NETWORK_INTERFACE
 
 ranks_here() { # one for each GPU, or one
     local gpus

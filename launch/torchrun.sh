@@ -66,5 +66,5 @@ if [[ -z $HEAD ]]; then
     exit 2
 fi
 RANKS=$(ranks_here)
-export NODES RANKS HEAD PORT RUN_ID=pretrain LOGS=$run_dir/logs/$HOSTNAME NODE_RESTARTS
+export NODES RANKS HEAD PORT RUN_ID=pretrain LOGS=$run_dir/logs NODE_RESTARTS
 exec "${CONTAINER[@]}" bash "$PWD/launch/node.sh" "$@"

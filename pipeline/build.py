@@ -20,7 +20,7 @@ from pipeline.engine import Engine, EngineConfig, build_engine, plan_batch
 from pipeline.errors import PeerLost, UserError
 from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
-from pipeline.monitor.jsonl import drop_lines_after
+from pipeline.monitor.jsonl import Lines, drop_lines_after
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
@@ -164,7 +164,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         drop_lines_after(run_dir.file("health.jsonl"), start_step)
     saved = facts.get("health", {"counts": {}, "spikes": None})
     detector = SpikeDetector.resume(config.health, saved["spikes"])
-    health = Health(config.health, engine, detector, run_dir.path, dict(saved["counts"]), devices)
+    health = Health(
+        config.health, engine, detector, Lines(run_dir.file("health.jsonl")), dict(saved["counts"]), devices
+    )
     watchdog = Watchdog(
         config.health.hang_seconds, ranks, read_rendezvous(os.environ), run_dir.path, train.reading,
         on_hang=lambda message: run_dir.end("failed", trainer.steps_done, message),
@@ -208,6 +210,7 @@ def averaged_model(config: RunConfig, engine: Engine) -> ViT:
 
 def roll_back(run: Run, spike: Rollback) -> None:
     """Closes a run so that the next `build` goes on at its last checkpoint before a spike, whose steps are left out."""
+    run.trainer.vote.drain()
     run.trainer.close()
     if run.ranks.is_main:
         known = run.run_dir.read("skipped.json") or []

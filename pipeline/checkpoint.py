@@ -80,7 +80,9 @@ class Saver:
 
     def wanted(self) -> bool:
         """Whether it is time for a checkpoint by the clock, or to try again after a failure."""
-        minutes = RETRY_MINUTES if self.failure else self.config.every_minutes
+        minutes = self.config.every_minutes
+        if self.failure is not None:
+            minutes = min(RETRY_MINUTES, minutes or RETRY_MINUTES)
         return minutes is not None and time.monotonic() - self.clock > 60 * minutes
 
     def wait(self) -> None:
@@ -104,11 +106,11 @@ class Saver:
         final, partial = os.path.join(self.folder, f"step-{step:08d}"), os.path.join(self.folder, f".part-{step:08d}")
         problem, written = None, {}
         try:
-            written = write_share(partial, state, ranks.rank, ranks.world_size)
+            written = write_share(partial, self.engine.whole(state, self.group), ranks.rank, ranks.world_size)
         except Exception as error:
             problem = f"rank {ranks.rank}: {error}"
         try:
-            shares = self._gather((problem, written))
+            shares = self.engine.gather_objects((problem, written), self.group)
             problem = "; ".join(found for found, _ in shares if found) or None
             if problem is None and ranks.is_main:
                 complete(partial, final, {name: known for _, share in shares for name, known in share.items()}, facts)
@@ -124,15 +126,6 @@ class Saver:
             if ranks.is_main:
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
         self.failure = problem
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.group is None:
-            return [value]
-        import torch.distributed as dist
-
-        gathered: list[Any] = [None] * self.engine.ranks.world_size
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
 
 
 def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -> dict[str, Any]:
@@ -153,7 +146,16 @@ def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -
 
 
 def complete(partial: str, final: str, files: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Adds `state.json` and the manifest to the written parts, and gives the folder its name."""
+    """Adds `state.json` and the manifest to the written parts, and gives the folder its name.
+
+    Raises:
+        OSError: a part that another rank has written is not there.
+    """
+    for name, known in files.items():
+        path = os.path.join(partial, name)
+        if not os.path.exists(path) or os.path.getsize(path) != known["nbytes"]:
+            raise OSError(f"{name}, which its rank has written, is not in rank 0's {partial}: all ranks need one shared"
+                          " file system there")  # fmt: skip
     state = os.path.join(partial, "state.json")
     _write_json(state, facts)
     for name in os.listdir(partial):

@@ -146,12 +146,13 @@ class _Parser:
         if not isinstance(tree, dict):
             self.fail(prefix.rstrip("."), f"expected a section with keys, found {tree!r}")
         known = {f.name: f for f in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
         for key in tree:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                near = [name for name in known if str(key) in getattr(hints[name], "__dataclass_fields__", ())]
+                near = [f"{name}.{key}" for name in near] or difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here are {', '.join(known)}"
                 self.fail(f"{prefix}{key}", f"unknown key; {hint}")
-        hints = typing.get_type_hints(cls)
         values = {}
         for name, spec in known.items():
             key, plugins = f"{prefix}{name}", spec.metadata.get("plugins")

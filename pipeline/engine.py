@@ -235,22 +235,32 @@ class Engine:
         return norm
 
     def state(self) -> TrainingState:
-        """A host copy of this rank's share of the state. Collective: all ranks' shares together are the whole."""
+        """A host copy of this rank's part of the state, without a word to other ranks: `whole` makes it a share."""
         weights, moments = {}, {key: {} for key in self.slots}  # type: ignore[var-annotated]
-        sizes = {name: parameter_size(parameter) for name, parameter in self.module.named_parameters()}
-        mine = set(share_of(sizes, self.ranks.rank, self.ranks.world_size))
+        mine = set(share_of(self.sizes(), self.ranks.rank, self.ranks.world_size))
         for name, parameter in self.module.named_parameters():
             for key, kept in ((None, weights), *moments.items()):
-                value = self.full(parameter, key, name in mine)
+                value = self.part(parameter, key, name in mine)
                 if value is not None:
-                    kept[name] = value
+                    kept[name] = value.detach().to("cpu", torch.float32, copy=True)
         return TrainingState(weights, moments, self.updates(), self.loss_scale())
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving average of all weights, in fp32 on the CPU of every rank. Collective."""
-        named = self.module.named_parameters()
-        values = ((name, self.full(parameter, EMA, True)) for name, parameter in named)
-        return {name: value for name, value in values if value is not None}
+        """The moving average of all weights, in fp32 on the device of every rank. Collective."""
+        return {name: self._average(parameter) for name, parameter in self.module.named_parameters()}
+
+    def _average(self, parameter: nn.Parameter) -> Tensor:
+        return self.torch_optimizer().state[parameter][EMA]
+
+    def whole(self, state: TrainingState, group: Any) -> TrainingState:
+        """This rank's share, in whole parameters, of what `state` has copied; all shares together are the whole.
+
+        Collective on `group`, which is of the CPU; needs nothing of the model, which may be trained meanwhile.
+        """
+        return state
+
+    def sizes(self) -> dict[str, int]:
+        return {name: parameter_size(parameter) for name, parameter in self.module.named_parameters()}
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
@@ -266,12 +276,11 @@ class Engine:
     def loss_scale(self) -> float | None:
         return None if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
-    def full(self, parameter: nn.Parameter, key: str | None, wanted: bool) -> Tensor | None:
-        """A parameter (key None) or what the optimizer keeps for it, as a full fp32 copy on the CPU, where wanted."""
-        if not wanted:
+    def part(self, parameter: nn.Parameter, key: str | None, mine: bool) -> Tensor | None:
+        """What this rank copies of a parameter (key None) or of one of its moments: all of it, if it is `mine`."""
+        if not mine:
             return None
-        value = parameter if key is None else self.torch_optimizer().state[parameter][key]
-        return value.detach().to("cpu", torch.float32, copy=True)
+        return parameter if key is None else self.torch_optimizer().state[parameter][key]
 
     def _create_slots(self, updates: int) -> None:
         # torch makes them in the first step, which a checkpoint or a step that is skipped may come before.
@@ -319,12 +328,12 @@ class Engine:
         rows[self.ranks.rank] = values[0]
         return self.reduce_sum(rows)
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
         """Everybody's value, by rank. Collective; for rare and small things."""
         if self.ranks.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(gathered, value)
+        torch.distributed.all_gather_object(gathered, value, group=group)
         return gathered
 
     def device_names(self) -> list[str]:
@@ -373,6 +382,7 @@ class DeepSpeedEngine(Engine):
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, DistributedType
 
+        self.linear = nn.functional.linear  # ZeRO-3 puts its own in torch's place
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         # DeepSpeed calls them by their older names, in each step.
         warnings.filterwarnings("ignore", r"`?torch\.distributed\..* is deprecated", FutureWarning)
@@ -468,13 +478,59 @@ class DeepSpeedEngine(Engine):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def full(self, parameter: nn.Parameter, key: str | None, wanted: bool) -> Tensor | None:
+    def part(self, parameter: nn.Parameter, key: str | None, mine: bool) -> Tensor | None:
+        """In ZeRO 1 to 3: the piece of the flattened parameter that lies on this rank."""
         if self.config.zero_stage == 0:
-            return super().full(self._master(parameter), key, wanted)
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+            return super().part(self._master(parameter), key, mine)
+        _, length = self._piece(parameter)
+        if length == 0:
+            return None
+        if self.config.zero_stage == 3:  # where the last rank's piece is padded
+            return parameter._z3_optimizer.get_local_fp32_param(parameter, key)[:length]  # type: ignore[attr-defined]
+        return parameter._hp_mapping.get_hp_fragment(key)  # type: ignore[attr-defined]
 
-        value = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-        return value.detach().to("cpu", torch.float32, copy=True) if wanted else None
+    def _piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Where this rank's piece of the flattened parameter begins, and its length."""
+        if self.config.zero_stage == 3:
+            size, total = parameter.ds_tensor.ds_numel, parameter_size(parameter)  # type: ignore[attr-defined]
+            begin = min(size * self.ranks.rank, total)
+            return begin, min(size, total - begin)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
+
+    def whole(self, state: TrainingState, group: Any) -> TrainingState:
+        if self.config.zero_stage == 0:
+            return state
+        sizes, world_size = self.sizes(), self.ranks.world_size
+        parameters = dict(self.module.named_parameters())
+        shares = [share_of(sizes, rank, world_size) for rank in range(world_size)]
+        found = [[(name, *self._piece(parameters[name])) for name in share] for share in shares]
+        mine = [[piece for piece in pieces if piece[2]] for pieces in found]  # by the rank that they go to
+        theirs = [pieces[self.ranks.rank] for pieces in self.gather_objects(mine, group)]  # by the rank they come from
+        kept = []
+        for values in (state.weights, *state.moments.values()):
+            joined = {name: torch.empty(sizes[name]) for name in shares[self.ranks.rank]}
+            sent = torch.cat(
+                [values.pop(name).flatten() for pieces in mine for name, _, _ in pieces] or [torch.empty(0)]
+            )
+            coming, going = ([sum(length for _, _, length in pieces) for pieces in way] for way in (theirs, mine))
+            received = sent if world_size == 1 else torch.empty(sum(coming))
+            if world_size > 1:
+                torch.distributed.all_to_all_single(received, sent, coming, going, group)
+            lengths = [length for pieces in theirs for _, _, length in pieces]
+            places = [(name, begin, length) for pieces in theirs for name, begin, length in pieces]
+            for (name, begin, length), piece in zip(places, received.split(lengths), strict=True):
+                joined[name][begin : begin + length] = piece
+            assert sum(lengths) == sum(t.numel() for t in joined.values()), "pieces are missing"
+            kept.append({name: t.view(parameter_shape(parameters[name])) for name, t in joined.items()})
+        return TrainingState(kept[0], dict(zip(state.moments, kept[1:], strict=True)), state.updates, state.loss_scale)
+
+    def _average(self, parameter: nn.Parameter) -> Tensor:
+        if self.config.zero_stage == 0:
+            return super()._average(self._master(parameter))
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, EMA)
 
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         """ZeRO-0: the fp32 copy of a parameter, or itself."""
@@ -510,12 +566,17 @@ class DeepSpeedEngine(Engine):
 
     def release(self) -> None:
         self.model.destroy()
+        nn.functional.linear = self.linear
         super().release()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # Accelerate's own, which would make the next engine one too
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def share_of(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:

@@ -3,8 +3,6 @@
 Each step leaves three numbers on the device; they are read once a log interval, summed over the ranks.
 """
 
-import json
-import os
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from pipeline.engine import Engine
 from pipeline.errors import UserError
+from pipeline.monitor.jsonl import Lines
 from pipeline.options import option
 
 SIGMA_OF_MAD = 1.4826  # standard deviations in a normal distribution's median absolute deviation
@@ -120,7 +119,7 @@ class Health:
     config: HealthConfig
     engine: Engine
     detector: SpikeDetector
-    run_dir: str
+    notes: Lines  # health.jsonl
     counts: dict[str, int]  # of this run: spikes, nonfinite_steps
     devices: list[str] = field(default_factory=list)  # of each rank
     pending: list[tuple[int, Tensor, list[str]]] = field(default_factory=list)
@@ -175,13 +174,15 @@ class Health:
         self.detector.renew()
 
     def name_slow_ranks(self, step: int, forward_seconds: list[float], waited_seconds: float) -> dict[str, float]:
-        """Compares the ranks by the median of a log interval's forward passes, in which none waits for another.
+        """Compares the ranks by the mean of a log interval's forward passes, in which none waits for another.
 
+        The slowest one is left out: one hiccup is none, while a rank that is throttled stands still again and again.
         `waited_seconds` is how long this rank has waited for data. Collective.
         """
         if self.engine.ranks.world_size == 1 or not forward_seconds:
             return {}
-        own = [statistics.median(forward_seconds), waited_seconds]
+        steady = sorted(forward_seconds)[:-1] or forward_seconds
+        own = [statistics.mean(steady), waited_seconds]
         mine = torch.tensor([own], dtype=torch.float64, device=self.engine.device)
         times, waits = zip(*self.engine.gather_rows(mine).tolist(), strict=True)
         ratios = [seconds / statistics.median_low(times) for seconds in times]
@@ -239,8 +240,8 @@ class Health:
 
     def _note(self, entry: dict[str, Any]) -> None:
         if self.engine.ranks.is_main:
-            with open(os.path.join(self.run_dir, "health.jsonl"), "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            self.notes.write(entry)
+            self.notes.flush()
 
     def _tell(self, message: str) -> None:
         if self.engine.ranks.is_main:

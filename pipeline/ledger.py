@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.data.loader import Batch
 from pipeline.engine import Engine
-from pipeline.monitor.jsonl import drop_lines_after
+from pipeline.monitor.jsonl import Lines, drop_lines_after
 
 
 class Ledger:
@@ -17,7 +17,8 @@ class Ledger:
     def __init__(self, engine: Engine, run_dir: str, start_step: int, max_bad_fraction: float, log_samples: bool):
         self.engine, self.max_bad_fraction = engine, max_bad_fraction
         self.quarantine = os.path.join(run_dir, "quarantine.jsonl")
-        self.log = None
+        self.bad = Lines(self.quarantine)
+        self.log = Lines(os.path.join(run_dir, f"samples-rank{engine.ranks.rank}.jsonl")) if log_samples else None
         self.found: list[dict[str, Any]] = []
         self.total = 0
         self.by_rank: Counter[int] = Counter()  # since this start
@@ -26,13 +27,11 @@ class Ledger:
                 drop_lines_after(path, start_step)
             self.total = len(self._written("train"))
         engine.barrier()
-        if log_samples:
-            self.log = open(os.path.join(run_dir, f"samples-rank{engine.ranks.rank}.jsonl"), "a")  # noqa: SIM115
 
     def add(self, step: int, batch: Batch) -> None:
         """Takes down the rows of global batch `step`."""
         if self.log is not None:
-            self.log.write(json.dumps({"step": step + 1, "samples": batch.keys}) + "\n")
+            self.log.write({"step": step + 1, "samples": batch.keys})
         self.note(step + 1, "train", batch)
 
     def note(self, step: int, split: str, batch: Batch) -> None:
@@ -48,15 +47,15 @@ class Ledger:
         gathered = self.engine.gather_objects((self.total, self.found))
         before, found = gathered[0][0], [entry for _, entries in gathered for entry in entries]
         self.found = []
-        if self.log is not None:
-            self.log.flush()
         if split == "train":
             self.total = before + len(found)
             self.by_rank.update(entry["rank"] for entry in found)
         if found and self.engine.ranks.is_main:
             known = set(self._written(split)) if split == "val" else set()
-            with open(self.quarantine, "a") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in found if entry["sample"] not in known)
+            for entry in found:
+                if entry["sample"] not in known:
+                    self.bad.write(entry)
+            self.bad.flush()
         count = self.total if split == "train" else len(found)
         if not found or count <= self.max_bad_fraction * of_samples:
             return None
@@ -77,6 +76,8 @@ class Ledger:
             return []
         return [entry["sample"] for entry in entries if entry["split"] == split]
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Before a checkpoint: what lies before it is not repeated after a crash."""
+        self.bad.flush()
         if self.log is not None:
-            self.log.close()
+            self.log.flush()

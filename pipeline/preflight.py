@@ -1,7 +1,8 @@
 """Checks a job's nodes before it trains, in seconds: `torchrun ... -m pipeline.preflight --config C [key=value ...]`.
 
 Start it as the training command would be started, on all ranks; alone it checks one process. Rank 0 prints a line for
-each check. Exit code 0: all is fine, 1: a check failed, 2: a mistake of the user's.
+each check. Exit code 0: all is fine, 1: a check failed, 2: a mistake of the user's. The launchers start it with
+--then-train: where all is fine, each rank's process becomes the training command.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PeerLost, UserError
@@ -24,14 +26,16 @@ if TYPE_CHECKING:
 
 
 EXIT_USER_ERROR = 2
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 
 
 class Report:
-    """Rank 0's findings, a line each as they come, or all as JSON at the end."""
+    """Rank 0's findings, a line each as they come, or all as JSON at the end; `failed` hears rank 0's problems."""
 
-    def __init__(self, ranks: Ranks, as_json: bool):
-        self.speaks, self.as_json = ranks.is_main, as_json
+    def __init__(self, ranks: Ranks, as_json: bool, failed: Callable[[str], None] = lambda problems: None):
+        self.speaks, self.as_json, self.failed = ranks.is_main, as_json, failed
         self.findings: list[Finding] = []
+        self.ended = False
         self.others_fine = True  # what rank 0 has found, on the other ranks
         self.began = time.monotonic()
 
@@ -49,14 +53,19 @@ class Report:
         return self.others_fine and all(finding.fine for finding in self.findings)
 
     def end(self) -> int:
-        """Prints the sum. Returns the exit code."""
-        seconds = time.monotonic() - self.began
-        failed = [finding for finding in self.findings if not finding.fine]
-        if self.speaks and self.as_json:
-            checks = [dataclasses.asdict(finding) for finding in self.findings]
-            print(json.dumps({"fine": not failed, "seconds": round(seconds, 2), "checks": checks}, indent=1))
-        elif self.speaks:
-            print(f"{len(failed)} problems" if failed else f"all is fine, in {seconds:.1f} s", flush=True)
+        """Prints the sum, once. Returns the exit code."""
+        if self.speaks and not self.ended:
+            self.ended = True
+            seconds = time.monotonic() - self.began
+            failed = [finding for finding in self.findings if not finding.fine]
+            if self.as_json:
+                checks = [dataclasses.asdict(finding) for finding in self.findings]
+                report = {"fine": not failed, "seconds": round(seconds, 2), "checks": checks}
+                print(json.dumps(report, indent=1), flush=True)
+            else:
+                print(f"{len(failed)} problems" if failed else f"all is fine, in {seconds:.1f} s", flush=True)
+            if failed:
+                self.failed("; ".join(f"{finding.name}: {finding.text}" for finding in failed))
         return 0 if self.fine else 1
 
 
@@ -129,6 +138,8 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
             arrival = checks.check_arrival(name, told, looks, ranks.world_size, timeout)
             complete = len(told) == ranks.world_size
             report.add(arrival + (judge() if complete else []))
+            if not complete:
+                report.end()
             meeting.answer(name, answer() if complete else None)
         heard = meeting.hear(name)
         if heard is None and not ranks.is_main:
@@ -138,10 +149,13 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
     def all_looks() -> list[dict[str, Any]]:
         return [looks[rank] for rank in range(ranks.world_size)]
 
+    def who_leads() -> list[int]:
+        with limit.phase("shards", "check the storage of data.train"):
+            checks.prepare(config, ranks)  # before the other nodes look for the shards
+        return checks.leaders(all_looks())
+
     try:
-        leaders = together(
-            "ranks", look, lambda: checks.check_processes(all_looks(), config), lambda: checks.leaders(all_looks())
-        )
+        leaders = together("ranks", look, lambda: checks.check_processes(all_looks(), config), who_leads)
         if leaders is None:
             return
         seen: dict[str, Any] = {"clock": time.time()}  # the answer has just come, to all at once
@@ -157,6 +171,7 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
             seen |= checks.measure(ranks, leaders, meeting.store, timeout)
         together("network", seen, lambda: checks.check_network(all_looks(), config), lambda: True)
         if ranks.is_main:
+            report.end()  # before the others end: a launcher ends all ranks after the first that fails
             meeting.answer("verdict", report.fine)
         report.others_fine = meeting.hear("verdict")
     finally:
@@ -164,11 +179,27 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
         meeting.leave()
 
 
+def keep(config: "RunConfig", problems: str) -> None:
+    """Writes `exit.json` for the launcher, if the run has a directory."""
+    from pipeline.checkpoint import NAME
+    from pipeline.run_dir import RunDir
+
+    assert config.run.dir is not None
+    run_dir = RunDir(config.run.dir)
+    run_dir.opened = os.path.isdir(run_dir.path)
+    with contextlib.suppress(OSError):  # the disk may be what is wrong
+        names = os.listdir(run_dir.checkpoints) if os.path.isdir(run_dir.checkpoints) else []
+        step = max((int(found[1]) for found in map(NAME.fullmatch, names) if found), default=0)
+        run_dir.end("failed", step, f"preflight: {problems}")
+
+
 def main(arguments: list[str] | None = None) -> int:
+    from pipeline.config import CONFIG_FOLDER, load_config
+
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/digits.yaml", help="YAML file (configs/digits.yaml)")
+    parser.add_argument("--config", default=os.path.join(CONFIG_FOLDER, "digits.yaml"), help="YAML file (digits)")
     parser.add_argument(
         "--timeout-seconds",
         type=float,
@@ -176,19 +207,25 @@ def main(arguments: list[str] | None = None) -> int:
         help="how long a missing rank or a silent source is waited for (20)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument(
+        "--then-train", action="store_true", help="if all is fine, go on as pipeline/train.py with the same options"
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     parsed = parser.parse_intermixed_args(arguments)
+    unchanged = dict(os.environ)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store warns of each try to reach rank 0
-    from pipeline.config import load_config
-
     try:
         ranks = read_ranks(os.environ)
         config = load_config(parsed.config, parsed.overrides)
         export_ranks(ranks, os.environ)
-        report = Report(ranks, parsed.json)
+        report = Report(ranks, parsed.json, partial(keep, config) if parsed.then_train else lambda problems: None)
         preflight(config, ranks, parsed.timeout_seconds, report)
-        return report.end()
+        code = report.end()
+        if code == 0 and parsed.then_train:
+            words = [sys.executable, TRAIN, "--config", parsed.config, *parsed.overrides]
+            os.execve(sys.executable, words, unchanged)
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

@@ -38,13 +38,12 @@ class RunDir:
             raise UserError(
                 f"run.dir={self.path}: can't be written: {error.strerror}; choose another run.dir"
             ) from None
+        identity = json.loads(json.dumps(identity))
         known = self.read("identity.json")
         if known is None:
             if os.listdir(self.checkpoints):
                 raise UserError(f"run.dir={self.path}: holds checkpoints but no identity.json; choose another run.dir")
-            self.write("identity.json", identity)
-            return
-        identity = json.loads(json.dumps(identity))
+            self.write("identity.json", known := identity)
         differing = [
             f"{key}: there {known.get(key)!r}, now {identity.get(key)!r}"
             for key in sorted(known.keys() | identity.keys())

@@ -3,14 +3,18 @@
 Imports torch only where it is used, so that signals are caught from the first moment of a process.
 """
 
+import contextlib
 import datetime
+import multiprocessing
 import os
+import re
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from pipeline.errors import UserError
@@ -66,10 +70,18 @@ def export_ranks(ranks: Ranks, environ: Any) -> None:
     environ["LOCAL_RANK"] = str(ranks.local_rank)
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
     if "MASTER_ADDR" not in environ:
-        environ["MASTER_ADDR"] = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        environ["MASTER_ADDR"] = slurm_head(environ) or environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     if "MASTER_PORT" not in environ:
         job = environ.get("SLURM_JOB_ID")
         environ["MASTER_PORT"] = str(20000 + int(job) % 20000 if job else free_port())
+
+
+def slurm_head(environ: Mapping[str, str]) -> str | None:
+    """The step's first node, "r[07-09]n[1-2],x3" -> "r07n1", if its name resolves; srun itself may run elsewhere."""
+    names = re.sub(r"\[(\d+)[^]]*\]", r"\1", environ.get("SLURM_STEP_NODELIST", ""))
+    with contextlib.suppress(OSError):
+        return names.split(",")[0] if names and socket.gethostbyname(names.split(",")[0]) else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,9 @@ def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"environment variable MASTER_PORT: expected a port, 1 to 65535, found {port!r}")
     hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Rendezvous(
-        environ["MASTER_ADDR"], int(port), hosted, f"meeting/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    )
+    # A store of rank 0's own is fresh at each start, which the nodes may count differently.
+    start = f"/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if hosted else ""
+    return Rendezvous(environ["MASTER_ADDR"], int(port), hosted, f"meeting{start}")
 
 
 def read_accelerate(environ: Any) -> dict[str, str]:
@@ -145,8 +157,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_SECONDS = 0.5  # a launcher passes on what its group has got already: two within this time are one
+
+
 class StopSignal:
     """Remembers SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a third one ends the process at once.
+
+    The signals are blocked, and a thread waits for them: no system call is interrupted, they count while the main
+    thread is deep in a library, and all children inherit the block: a signal to the whole process group ends neither
+    data workers nor the compilers that torch.compile starts.
 
     A file named `STOP` in the run directory counts as one: a batch system's shell can leave it where a signal would
     kill the launcher. It is looked for at most once a second.
@@ -156,12 +176,14 @@ class StopSignal:
         self.name: str | None = None
         self.count = 0
         self.file: str | None = None
-        self.looked = 0.0
+        self.began, self.looked, self.came = time.time(), 0.0, float("-inf")
+        self.on_end: Callable[[str], None] = lambda reason: None  # before a third signal ends the process
 
     def watch(self, file: str) -> None:
-        """Looks for this file from now on; one that an earlier start has left goes."""
-        if self.file is None and os.path.exists(file):
-            os.remove(file)
+        """Looks for this file from now on; one that is older than this process was meant for an earlier start."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.file is None and os.stat(file).st_mtime < self.began:
+                os.remove(file)
         self.file = file
 
     def wanted(self) -> bool:
@@ -172,20 +194,37 @@ class StopSignal:
         return self.name is not None
 
     def install(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._catch)
+        """From the main thread, before there are others."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self.count += 1
-        if self.count >= 3:
-            raise KeyboardInterrupt
+    def uninstall(self) -> None:
+        """For commands that have nothing to save."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _listen(self) -> None:
+        while self.count < 3:
+            first = self.count == 0
+            self.catch(signal.Signals(signal.sigwait(SIGNALS)).name, time.monotonic())
+            if first and os.environ.get("RANK", "0") == "0":
+                print(f"\n{self.name}: saves and ends; a third signal ends it at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self.on_end(f"{self.name}, the third signal: ended without saving")
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + signal.Signals[self.name or "SIGTERM"])
+
+    def catch(self, name: str, when: float) -> None:
+        """Counts a signal that came at `when`, in seconds."""
+        if when - self.came > SAME_SECONDS:
+            self.count += 1
+        self.name, self.came = name, when
 
 
 def ignore_signals() -> None:
     """For data workers: the group's signal must not kill them before their rank has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -229,3 +268,8 @@ class Vote:
             work.wait()
         stop, save, rows = wish.tolist()
         return Agreement(stop > 0, save > 0, rows)
+
+    def drain(self) -> None:
+        """Takes the answer to a vote that was begun, if there is one, where nobody needs it any more."""
+        if self.pending is not None:
+            self.finish()

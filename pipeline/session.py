@@ -64,6 +64,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
     if parsed.dry_run:
         from pipeline.report import dry_run
 
+        stop.uninstall()
         return dry_run(config, ranks)
     from pipeline.build import build, explain, finished_evaluation, roll_back, summary
     from pipeline.engine import check_launcher, plan_batch
@@ -74,6 +75,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
     check_launcher(config.engine, plan, read_accelerate(os.environ))
     run_dir = RunDir(config.run.dir)
     run: Any = None
+    stop.on_end = lambda reason: run_dir.end("failed", run.trainer.steps_done if run else 0, reason)
     try:
         ended = None
         while ended is None:

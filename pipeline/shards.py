@@ -65,7 +65,7 @@ def verify(parsed: argparse.Namespace) -> int:
     if file is not None and not os.path.isdir(os.path.dirname(file) or "."):
         raise UserError(f"--json {file}: there is no such folder")
     with tqdm(unit=" samples") as progress:
-        report = verify_shards(listed(parsed.urls), parsed.processes, progress)
+        report = verify_shards(listed(parsed.urls), parsed.processes, progress, parsed.index)
     if file is not None:
         with open(file, "w") as out:
             json.dump(report, out, indent=1)
@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("urls", nargs="+", help="shards: paths, URLs, brace or * patterns")
     command.add_argument("--processes", type=int, metavar="N", help="that read; by default the number of cores")
     command.add_argument("--json", metavar="FILE", help="write the whole report there")
+    command.add_argument("--index", metavar="FOLDER", help="where the index lies (beside the shards)")
 
     command = add(audit, "check the order of a config's stream")
     command.add_argument("--config", required=True, help="YAML file")

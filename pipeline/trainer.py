@@ -117,6 +117,8 @@ class Trainer:
             agreed = self.vote.finish()
             if agreed.stop:
                 break
+            # Fetched before the step, so that the ranks' vote on it arrives while the step computes.
+            upcoming = self._next(step, batches) if step + 1 < self.total_steps else batch
             if not any(first <= step <= last for first, last in self.skips):
                 result = self.step(step, batch, agreed.valid_rows)
                 for metrics in result.metrics:
@@ -132,8 +134,7 @@ class Trainer:
                 self._save(step)
                 saved = step
             self._tell(step)
-            if step < self.total_steps:
-                batch = self._next(step, batches)
+            batch = upcoming
         if step != saved and step > 0:
             self._save(step)
         self.watchdog.beat("save", step)
@@ -236,7 +237,7 @@ class Trainer:
             raise UserError(problem)
 
     def _next(self, step: int, batches: Iterator[Batch]) -> Batch:
-        """The batch of `step`, whose valid rows and the wish to stop are told to all ranks."""
+        """The next batch, fetched during `step`, whose valid rows and the wish to stop are told to all ranks."""
         self.watchdog.beat("data", step)
         began = time.perf_counter()
         batch = next(batches)
@@ -255,6 +256,7 @@ class Trainer:
         return {"evaluation": self.last_evaluation, "health": self.health.saved(), "skipped_steps": list(self.skips)}
 
     def _settle(self, step: int) -> None:
+        self.ledger.flush()
         if self.bad_rows_seen:
             self.bad_rows_seen = False
             self._stop_if(self.ledger.settle("train", self.epoch_rows or step * self.engine.plan.global_batch), step)
@@ -278,10 +280,9 @@ class Trainer:
 
     def close(self) -> None:
         self.watchdog.stop()
-        self.ledger.close()
+        self.ledger.flush()
         self.saver.wait()
-        for sink in self.sinks:
-            sink.close()
+        self._show("close")
         for loader in (self.train, self.val):
             if loader is not None:
                 loader.close()

@@ -15,8 +15,9 @@ from pipeline.meeting import Meeting
 from pipeline.runtime import Ranks, Rendezvous
 
 EXIT_HANG = 3
+MEETING_SECONDS = 10.0  # for finding the store
 NAMED_RANKS = 8  # that a message names
-PHASES = ("data", "vote", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
+PHASES = ("vote", "data", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
 
 
 class Watchdog:
@@ -66,13 +67,13 @@ class Watchdog:
 
     def _tell(self, interval: float) -> None:
         with contextlib.suppress(UserError, PeerLost):  # without a store a hang is explained without the others
-            meeting = self._meet(interval)
+            meeting = self._meet()
             while not self.stopped.wait(interval):
                 step, phase, _ = self.now
                 meeting.tell("beat", {"step": step, "phase": phase, "reading": self.reading(), "at": time.time()})
 
-    def _meet(self, timeout: float) -> Meeting:
-        return Meeting(self.ranks.rank, self.ranks.world_size, self.place, timeout, hosts=False)
+    def _meet(self) -> Meeting:
+        return Meeting(self.ranks.rank, self.ranks.world_size, self.place, MEETING_SECONDS, hosts=False)
 
     def _explain(self, step: int, phase: str, interval: float) -> str:
         reading = "; ".join(self.reading()) or "none"
@@ -82,7 +83,7 @@ class Watchdog:
         told: list[dict[int, Any]] = []
         asking = threading.Thread(target=self._ask, args=(told, interval), daemon=True)
         asking.start()
-        asking.join(3 * interval + 5)
+        asking.join(MEETING_SECONDS + 2 * interval + 1)
         if not told:
             return f"{text}; rank 0, which hosts the store, does not answer: it hangs itself, or its node is gone"
         late = self._late(told[0], (step, phase), interval)
@@ -91,7 +92,7 @@ class Watchdog:
 
     def _ask(self, told: list[dict[int, Any]], interval: float) -> None:
         with contextlib.suppress(UserError, PeerLost):
-            told.append(self._meet(interval).collect("beat", timeout=2 * interval))
+            told.append(self._meet().collect("beat", timeout=2 * interval))
 
     def _late(self, told: dict[int, Any], here: tuple[int, str], interval: float) -> list[str]:
         """The ranks that are silent, or behind this one."""

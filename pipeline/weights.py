@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline import checkpoint
@@ -95,7 +95,7 @@ def write_weights(weights: dict[str, Tensor], config: ViTConfig, layout: str, ou
             arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()}
             np.savez(out, **arrays)
         elif layout == "hf":
-            save_file(state, os.path.join(out, "model.safetensors"), {"format": "pt"})
+            _save(state, os.path.join(out, "model.safetensors"))
             for name, values in (
                 ("config", hf_config(config, class_names)),
                 ("preprocessor_config", hf_images(config)),
@@ -103,11 +103,16 @@ def write_weights(weights: dict[str, Tensor], config: ViTConfig, layout: str, ou
                 with open(os.path.join(out, f"{name}.json"), "w") as file:
                     json.dump(values, file, indent=2)
         else:
-            save_file(state, out, {"format": "pt"})
+            _save(state, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out}: can't be written: {error}; choose another path") from None
     except ValueError as error:
         raise UserError(f"--layout {layout}: {error}") from None
+
+
+def _save(state: dict[str, Tensor], path: str) -> None:
+    with open(path, "wb") as file:  # safetensors' own writing makes a file that only its owner can read
+        file.write(save(state, {"format": "pt"}))
 
 
 def hf_config(config: ViTConfig, class_names: list[str]) -> dict[str, Any]:

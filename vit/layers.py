@@ -77,18 +77,21 @@ class GELU(Layer):
         return functional.gelu(x)
 
 
-class Dropout(nn.Module):
+class Dropout(Layer):
     """Zeroes each element with probability `rate` while training, and scales the rest by 1 / (1 - rate)."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reference(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
         keep = torch.empty_like(x).bernoulli_(1.0 - self.rate)
         return x * keep / (1.0 - self.rate)
+
+    def fused(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.rate, self.training)
 
 
 class DropPath(nn.Module):
@@ -168,9 +171,9 @@ class MultiHeadAttention(Layer):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of every head: (B, N, D) -> three times (B, H, N, d)."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)  # (B, N, 3, H, d)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Cut along the features, so that the backward pass writes the three gradients side by side in one copy.
+        parts = self.qkv(x).chunk(3, dim=-1)  # three times (B, N, D)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return query, key, value
 
     def concatenate(self, heads: Tensor) -> Tensor:

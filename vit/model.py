@@ -182,14 +182,24 @@ class ViT(nn.Module):
                 module.is_fused = fused
 
     def embed(self, images: Tensor) -> Tensor:
-        """Class token, registers and patches, with positions added (eq. 1): (B, C, S, S) -> (B, N, D)."""
+        """Class token, registers and patches, with positions added (eq. 1): (B, C, S, S) -> (B, N, D).
+
+        Raises:
+            ValueError: images of another shape than the config's.
+        """
+        c = self.config
+        if images.ndim != 4 or images.shape[1:] != (c.channels, c.image_size, c.image_size):
+            raise ValueError(
+                f"images: expected (B, {c.channels}, {c.image_size}, {c.image_size}), found {tuple(images.shape)};"
+                " resize them, or set image_size and channels"
+            )
         x = self.patch(images)  # (B, patches, D)
         if self.class_token is not None:
             token = self.class_token.expand(len(x), -1, -1).to(x.dtype)  # (B, 1, D)
             x = torch.cat((token, x), dim=1)
         x = x + self.positions
         if self.registers is not None:
-            first = self.config.positions - self.config.patches
+            first = c.positions - c.patches
             registers = self.registers.expand(len(x), -1, -1).to(x.dtype)
             x = torch.cat((x[:, :first], registers, x[:, first:]), dim=1)  # (B, N, D)
         return self.dropout(x)
@@ -216,9 +226,11 @@ class ViT(nn.Module):
         """Fills every parameter as the original release does (google-research/vision_transformer, models_vit.py).
 
         Linear layers: Xavier uniform (query, key and value each on their own), zero bias, MLP biases normal with
-        deviation 1e-6. Patch convolution and representation layer: LeCun truncated normal, zero bias. Positions, class
-        token and registers: truncated normal with deviation 0.02. Norms: one and zero. Head: zero, with the configured
-        bias. LayerScale: its configured value.
+        deviation 1e-6. Patch convolution and representation layer: LeCun truncated normal, zero bias. Norms: one and
+        zero. Head: zero, with the configured bias. LayerScale: its configured value (arXiv 2103.17239).
+
+        Positions, class token and registers: truncated normal with deviation 0.02. Only here the release differs: its
+        positions are normal with this deviation, not cut, and its class token is zero.
         """
         for layer in (self.patch.projection, self.representation):
             if layer is not None:

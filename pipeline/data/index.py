@@ -207,12 +207,15 @@ def _cross_check(home: str, counts: dict[str, int]) -> None:
 
 
 def write_file(url: str, data: bytes) -> None:
-    """Writes to a temporary name and renames, so that nobody reads half a file."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    filesystem.makedirs(os.path.dirname(path), exist_ok=True)
-    with filesystem.open(path + ".part", "wb") as file:
+    """Writes so that nobody reads half a file: a local one is renamed when it is whole, an object appears then."""
+    if not is_local(url):
+        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(url) or ".", exist_ok=True)
+    with open(url + ".part", "wb") as file:
         file.write(data)
-    filesystem.mv(path + ".part", path)
+    os.replace(url + ".part", url)
 
 
 def load_index(

@@ -117,7 +117,7 @@ class Samples:
         if problem:
             raise UserError(f"{self.place(number)}: {problem}")
         name = f"{os.path.basename(url)}:{samples[0]['__key__']}"
-        return name, {suffix: content for suffix, content in samples[0].items() if not suffix.startswith("__")}
+        return name, {suffix: bytes(data) for suffix, data in samples[0].items() if not suffix.startswith("__")}
 
 
 def parse_run(data: bytes, record: Any) -> tuple[list[dict[str, Any]], str | None]:

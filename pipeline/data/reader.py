@@ -60,14 +60,18 @@ def to_sample(members: dict[str, Any], url: str, key: tuple[int, int], num_class
     return sample
 
 
+Fetched = tuple[Piece, Shard, np.ndarray, bytes | UserError]  # a part of a window: its records, and its bytes
+
+
 class OrderedSamples:
     """Samples by lane and position, as the order has them. Threads read each lane's next window ahead."""
 
     def __init__(self, index: Index, order: Order, source: Source, num_classes: int):
         self.index, self.order, self.source, self.num_classes = index, order, source, num_classes
         self.threads = ThreadPoolExecutor(source.limits.threads, thread_name_prefix="read")
-        self.windows: dict[int, tuple[Window, list[Sample | None]]] = {}
-        self.ahead: dict[int, tuple[Window, Future]] = {}
+        # By lane: the window's first position, its samples in the order in which they are used, its epoch.
+        self.windows: dict[int, tuple[int, list[Sample | None], int]] = {}
+        self.ahead: dict[int, tuple[int, Future]] = {}
         self.blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self.lock = Lock()
 
@@ -75,59 +79,66 @@ class OrderedSamples:
         """Starts to read the window of a lane's position."""
         place = self.order.locate(lane, position)
         if place is not None:
-            self.ahead[lane] = place[0], self.threads.submit(self._read_window, place[0])
+            window, slot = place
+            self.ahead[lane] = position - slot, self.threads.submit(self._fetch, window)
 
     def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int] | None:
         """The sample and its epoch, or None where the lane has ended. With `last` its bytes are not kept."""
-        place = self.order.locate(lane, position)
-        if place is None:
-            return None
-        window, slot = place
-        if lane not in self.windows or self.windows[lane][0] != window:
+        first, samples, epoch = self.windows.get(lane, (0, [], 0))
+        if not first <= position < first + len(samples):
+            place = self.order.locate(lane, position)
+            if place is None:
+                return None
+            window, slot = place
+            first, epoch = position - slot, window.epoch
             self.windows.pop(lane, None)
-            if lane not in self.ahead or self.ahead[lane][0] != window:
+            if lane not in self.ahead or self.ahead[lane][0] != first:
                 self.expect(lane, position)
-            self.windows[lane] = window, self.ahead.pop(lane)[1].result()
-        if 2 * slot >= window.samples and lane not in self.ahead:
-            self.expect(lane, position - slot + window.samples)
-        sample = self.windows[lane][1][slot]
+            samples = self._parse_window(window, self.ahead.pop(lane)[1].result())
+            self.windows[lane] = first, samples, epoch
+        slot = position - first
+        if 2 * slot >= len(samples) and lane not in self.ahead:
+            self.expect(lane, first + len(samples))
+        sample = samples[slot]
         assert sample is not None
         if last:
-            self.windows[lane][1][slot] = None
-        return sample, window.epoch
+            samples[slot] = None
+        return sample, epoch
 
     def close(self) -> None:
         self.threads.shutdown(cancel_futures=True)
         self.source.close()
 
-    def _read_window(self, window: Window) -> list[Sample | None]:
-        """The window's samples in the order in which they are used."""
-        line: list[Sample] = []
-        for piece in self.order.pieces(window):
-            line.extend(self._read_piece(piece))
-        return [line[place] for place in self.order.shuffled(window)]
+    def _fetch(self, window: Window) -> list[Fetched]:
+        """A thread's part of the work: only what waits. Python beside the decoding would wait for the interpreter."""
+        return [self._fetch_piece(piece) for piece in self.order.pieces(window)]
 
-    def _read_piece(self, piece: Piece) -> list[Sample]:
+    def _fetch_piece(self, piece: Piece) -> Fetched:
         shard = self.index.shard(piece.shard)
         rows = self._records(piece.shard, shard, piece.begin, piece.end)
-        keys = [(piece.shard, number) for number in range(piece.begin, piece.end)]
         start = int(rows["offset"][0])
         nbytes = int(rows["offset"][-1]) + int(rows["nbytes"][-1]) - start
-        samples: list[Sample] = []
-        if (rows["nbytes"] > 0).all():
-            try:
-                data = self.source.read(shard.url, start, nbytes)
-            except UserError as error:
-                return [self._bad(shard, row, key, str(error)) for row, key in zip(rows, keys, strict=True)]
-            found = self._parse(data, shard.url)
-            if len(found) == len(rows) and all(
-                sample_digest(members) == row["digest"] for members, row in zip(found, rows, strict=True)
-            ):
-                return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
+        if not rows["nbytes"].all():
+            return piece, shard, rows, b""
+        try:
+            return piece, shard, rows, self.source.read(shard.url, start, nbytes)
+        except UserError as error:
+            return piece, shard, rows, error
+
+    def _parse_window(self, window: Window, fetched: list[Fetched]) -> list[Sample | None]:
+        """The window's samples in the order in which they are used."""
+        line = [sample for piece in fetched for sample in self._parse_piece(*piece)]
+        return [line[place] for place in self.order.shuffled(window)]
+
+    def _parse_piece(self, piece: Piece, shard: Shard, rows: np.ndarray, data: bytes | UserError) -> list[Sample]:
+        keys = [(piece.shard, number) for number in range(piece.begin, piece.end)]
+        if isinstance(data, UserError):
+            return [self._bad(shard, row, key, str(data)) for row, key in zip(rows, keys, strict=True)]
+        found = self._parse(data, shard.url)
+        if [sample_digest(members) for members in found] == rows["digest"].tolist():
+            return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
         # Something in it differs from the index: look at each sample on its own, so that none is lost beside it.
-        for row, key in zip(rows, keys, strict=True):
-            samples.append(self._read_one(shard, row, key))
-        return samples
+        return [self._read_one(shard, row, key) for row, key in zip(rows, keys, strict=True)]
 
     def _read_one(self, shard: Shard, row: np.ndarray, key: tuple[int, int]) -> Sample:
         if not row["nbytes"]:

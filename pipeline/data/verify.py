@@ -34,13 +34,17 @@ class ShardReport:
         self.bad.append({"shard": self.shard.url, "key": key, "reason": reason})
 
 
-def verify_shards(urls: list[str], processes: int | None, progress: Any = None) -> dict[str, Any]:
+def verify_shards(
+    urls: list[str], processes: int | None, progress: Any = None, index: str | None = None
+) -> dict[str, Any]:
     """Everything that is bad, and a summary: "bad", "duplicate_keys", "shards", "samples", "labels", "sizes".
+
+    `index` is the folder of their index; by default it lies beside them.
 
     Raises:
         UserError: there is no index, or it doesn't know a shard.
     """
-    shards = list(load_index(urls, check_sizes=False).shards)
+    shards = list(load_index(urls, check_sizes=False, folder=index).shards)
     classes = read_classes(urls)
     if progress is not None:
         progress.reset(total=sum(shard.samples for shard in shards))

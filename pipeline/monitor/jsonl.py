@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.monitor.sink import Sink
 
@@ -13,17 +15,39 @@ class Config:
         return JsonLines(os.path.join(run_dir, "metrics.jsonl"), start_step)
 
 
+class Lines:
+    """Appends JSON objects to a file. What a full disk does not take is kept, and tried again at the next `flush`."""
+
+    def __init__(self, path: str):
+        self.path, self.pending, self.failed = path, b"", False
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self.pending += json.dumps(entry).encode() + b"\n"
+
+    def flush(self) -> None:
+        try:
+            if self.pending:
+                with open(self.path, "ab", buffering=0) as file:
+                    while self.pending:
+                        self.pending = self.pending[file.write(self.pending) or 0 :]
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                print(f"\nwarning: {self.path}: {error.strerror}; tried again later", file=sys.stderr, flush=True)
+            self.failed = True
+
+
 class JsonLines(Sink):
     def __init__(self, path: str, start_step: int):
         drop_lines_after(path, start_step)
-        self.file = open(path, "a")  # noqa: SIM115
+        self.lines = Lines(path)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self.lines.write({"step": step, **values})
+        self.lines.flush()
 
     def close(self) -> None:
-        self.file.close()
+        self.lines.flush()
 
 
 def drop_lines_after(path: str, step: int) -> None:

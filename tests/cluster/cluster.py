@@ -5,6 +5,7 @@ host name, processes and /dev/shm, can be powered off and loses its network when
 the host. The namespaces end with this process, however it ends, and with them whatever was started or mounted.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 SPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 FREEZER = Path("/sys/fs/cgroup/freezer")  # with it Slurm finds processes whose parents are gone
 
@@ -49,8 +50,9 @@ PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=20
+OverTimeLimit=2
 {nodes}
-PartitionName=main Nodes={names} Default=YES PriorityTier=10 GraceTime=30
+PartitionName=main Nodes={names} Default=YES PriorityTier=10 GraceTime=60
 PartitionName=high Nodes={names} PriorityTier=100 PreemptMode=off
 """
 
@@ -61,12 +63,13 @@ def can_isolate() -> bool:
 
 
 class Machines:
-    """Two hosts n1 and n2 with networks of their own (10.77.0.11, 10.77.0.12), and a third, "ctl", that joins them."""
+    """Hosts n1, n2, n3 with networks of their own (10.77.0.11 and on), and another, "ctl", that joins them.
+
+    `folder`/full is a file system of 2 MB that all of them share.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.unresolved = folder / "hosts-empty"
-        self.unresolved.write_text("127.0.0.1 localhost\n")
         addresses = [f"10.77.0.{11 + number} {name}" for number, name in enumerate(NODES)]
         self.hosts = folder / "hosts"
         self.hosts.write_text("\n".join(["127.0.0.1 localhost", "10.77.0.1 ctl", *addresses, ""]))
@@ -81,6 +84,7 @@ class Machines:
         lines = [
             "mount -t tmpfs tmpfs /run; hostname ctl; ip link set lo up",
             f"mount --bind '{self.hosts}' /etc/hosts",
+            f"mkdir '{folder}/full'; mount -t tmpfs -o size=2m tmpfs '{folder}/full'",
             "ip link add br0 type bridge; ip addr add 10.77.0.1/24 dev br0; ip link set br0 up",
         ]
         for number, name in enumerate(NODES):
@@ -104,6 +108,12 @@ class Machines:
         self.started.append(process)
         return process
 
+    def inside(self, process: subprocess.Popen, *command: str) -> None:
+        """Runs a command as root of the node on which `process` was started, with its mounts and its network."""
+        below = psutil.Process(process.pid).children(recursive=True)
+        pid = next(child.pid for child in below if child.name() not in ("unshare", "nsenter", "setpriv"))
+        subprocess.run(["nsenter", "-t", str(pid), "-m", "-n", "-u", *command], check=True)
+
     def link(self, node: str, state: str) -> None:
         subprocess.run([*self.prefix, "ip", "link", "set", f"v{node}", state], check=True)
 
@@ -117,8 +127,9 @@ class Machines:
 def power_off(process: subprocess.Popen) -> None:
     """Ends everything that runs on a node, as pulling its plug does."""
     for child in psutil.Process(process.pid).children(recursive=True):
-        if child.name() == "unshare":
-            child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # those below one go with it
+            if child.name() == "unshare":
+                child.kill()
     process.wait(30)
 
 
@@ -159,7 +170,11 @@ class Cluster:
         self.slurmctld = self.daemon([*self.prefix, "slurmctld", "-D", "-f", str(self.conf)])
         for node in NODES:
             self.power_on(node)
-        wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], 60, "idle nodes")
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        idle = ["idle", str(len(NODES))]
+        wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D").split()[:2] == idle, 60, "idle nodes")
 
     def daemon(self, command: list[str]) -> subprocess.Popen:
         log = open(self.folder / "daemons.log", "a")  # noqa: SIM115
@@ -196,22 +211,34 @@ class Cluster:
         return self.job(number)["JobState"]
 
     def close(self) -> None:
-        """Ends all jobs and daemons; nothing stays but the folder."""
+        """Ends all jobs and daemons, and sees to it that nothing stays but the folder."""
         try:
             self.run("scancel", "--user", psutil.Process().username())
             self.run("scancel", "--user", psutil.Process().username(), "--signal=KILL")
             wait_for(lambda: not self.run("squeue", "-h"), 60, "end of all jobs")
         finally:
-            for process in [*self.slurmd.values(), self.slurmctld]:
+            daemons = [*self.slurmd.values(), self.slurmctld]
+            for process in daemons:
                 process.terminate()
             if self.machines:
                 self.machines.close()
-            for process in [*self.slurmd.values(), self.slurmctld]:
+            for process in daemons:
                 process.wait(30)
             if self.cgroups:
                 for path, _, _ in os.walk(FREEZER, topdown=False):
                     if "slurm" in path:
                         os.rmdir(path)
+        assert not (
+            left := [process.info for process in psutil.process_iter(["pid", "cmdline"]) if self.owns(process)]
+        ), left
+        assert str(self.folder) not in Path("/proc/self/mounts").read_text()
+        assert not {f"v{name}" for name in NODES} & set(psutil.net_if_addrs())
+
+    def owns(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            words = " ".join(process.cmdline())
+            return str(self.folder) in words or process.environ().get("SLURM_CONF") == str(self.conf)
+        return False
 
 
 def wait_for(true, seconds: float, what: str):
@@ -226,11 +253,11 @@ def wait_for(true, seconds: float, what: str):
 def ranks_of(run, script: str = "pipeline/train.py") -> list[psutil.Process]:
     """The processes of a run that run a script, without those that they have started."""
     found = {}
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "ppid"]):  # attributes that stay when a process ends
         words = process.info["cmdline"] or []
         if f"run.dir={run.path}" in words and any(word.endswith(script) for word in words[:3]):
             found[process.pid] = process
-    return [process for process in found.values() if process.ppid() not in found]
+    return [process for process in found.values() if process.info["ppid"] not in found]
 
 
 def copy_tree(root: Path, tree: Path) -> None:

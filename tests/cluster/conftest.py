@@ -1,14 +1,16 @@
 """A cluster for the session, and a copy of the project, with spaces in its path, that jobs run from."""
 
+import contextlib
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.cluster.cluster import Cluster, copy_tree, wait_for
+from tests.cluster.cluster import Cluster, copy_tree, ranks_of, wait_for
 from tests.conftest import ROOT
 
 
@@ -41,9 +43,10 @@ class Run:
         self.output = folder / "job.out"
         self.site(MAX_RESTARTS=3)
 
-    def site(self, **settings) -> None:
+    def site(self, *lines: str, **settings) -> None:
         settings = {"PYTHON": sys.executable, **settings}
-        (self.tree / "launch/site.env").write_text("".join(f"{k}='{v}'\n" for k, v in settings.items()))
+        lines = (*(f"{key}='{value}'" for key, value in settings.items()), *lines)
+        (self.tree / "launch/site.env").write_text("\n".join(lines) + "\n")
 
     def submit(self, *options: str, words: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> str:
         """`sbatch OPTIONS launch/pretrain.slurm WORDS` from a folder elsewhere. Returns the job's number."""
@@ -57,7 +60,7 @@ class Run:
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait(self, job: str, state: str, seconds: float = 120) -> None:
+    def wait(self, job: str, state: str, seconds: float = 300) -> None:
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"} - {state}
 
         def there() -> bool:
@@ -67,7 +70,21 @@ class Run:
 
         wait_for(there, seconds, f"{state} of job {job}; {self.said()}")
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    @contextlib.contextmanager
+    def paused(self):
+        """Halts the ranks where they are: what happens meanwhile comes before their last step on any machine."""
+        ranks = ranks_of(self)
+        assert ranks
+        for rank in ranks:
+            rank.suspend()
+        try:
+            yield
+        finally:
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.resume()
+
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         wait_for(lambda: self.last_step() >= step, seconds, f"step {step}")
 
     def last_step(self) -> int:

@@ -1,24 +1,22 @@
 """Run under torchrun: a poisoned step on one rank must leave weights and moments of all as they are.
 
-Usage: nan_guard.py ZERO_STAGE PRECISION, ZERO_STAGE a number or null. Prints what happened as one JSON line on rank 0.
+Every strategy and precision, one after another in the same processes. Rank 0 prints what happened, a line of JSON each.
 """
 
 import json
 import os
-import sys
+from typing import Literal
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from pipeline.engine import EngineConfig, build_engine, plan_batch
 from pipeline.optimizer import OptimizerConfig, build_optimizer
-from pipeline.runtime import export_ranks, read_ranks
+from pipeline.runtime import Ranks, export_ranks, read_ranks
 from vit.model import ViT, ViTConfig
 
 
-def main() -> None:
-    stage, precision = sys.argv[1:3]
-    ranks = read_ranks(os.environ)
-    export_ranks(ranks, os.environ)
+def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16"]) -> None:
     config = EngineConfig(zero_stage=None if stage == "null" else int(stage), precision=precision)
     engine = build_engine(config, plan_batch(8, None, ranks.world_size), ranks)
     model = ViT(ViTConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_dim=64, num_classes=4))
@@ -48,10 +46,18 @@ def main() -> None:
             for a, b in ((1, 2), (2, 3))
         )  # fmt: skip
         finite = all(v.isfinite().all() for share in states[3] for v in share.weights.values())
-        print(json.dumps({"kept": all(same), "goes on": not all(changed), "finite": bool(finite), "norms": norms}))
+        seen = {"kept": all(same), "goes on": not all(changed), "finite": bool(finite), "norms": norms}
+        print(json.dumps({"zero_stage": stage, "precision": precision, **seen}), flush=True)
     engine.barrier()
     engine.close()
 
 
 if __name__ == "__main__":
-    main()
+    ranks = read_ranks(os.environ)
+    export_ranks(ranks, os.environ)
+    torch.distributed.destroy_process_group = lambda: None  # DeepSpeed remembers groups of the first one
+    for stage in ("null", "0", "1", "2", "3"):
+        for precision in ("no", "bf16"):
+            poison(ranks, stage, precision)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, data, environment, free_port, start, train, two_ranks
+from tests.conftest import ACCURATE, ROOT, SMALL, data, environment, free_port, start, train, two_ranks
+
+SEVERAL = "tests/integration/several.py"
+STAGES = ["null", "0", "1", "2", "3"]
+CHANGES = {"1": "3", "3": "null", "2": "0", "null": "2", "0": "1"}
 
 
 def losses(run_dir):
@@ -32,17 +36,61 @@ def single(digits, tmp_path_factory):
     return losses(run_dir)
 
 
+def train_several(tmp_path, *commands, launcher=("python",)):
+    """Training commands one after another in the same processes: their output."""
+    file = tmp_path / "commands.json"
+    file.write_text(json.dumps([[str(word) for word in words] for words in commands]))
+    command = [*launcher, str(ROOT / SEVERAL), str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment({}), capture_output=True, text=True, timeout=1180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(digits, tmp_path_factory):
+    """`single` on two ranks with accumulation 2 under each strategy: the run directories."""
+    folder = tmp_path_factory.mktemp("two")
+    words = [*SMALL, *data(digits), "run.steps=30", "schedule.warmup_steps=5", "engine.micro_batch_size=16"]
+    words += ["checkpoint.every_steps=10", "checkpoint.keep_last=3"]
+    commands = [[*words, f"run.dir={folder / stage}", f"engine.zero_stage={stage}"] for stage in STAGES]
+    train_several(folder, *commands, launcher=two_ranks())
+    return {stage: folder / stage for stage in STAGES}
+
+
 # The same global batch in fp32: only the order of sums differs.
 @pytest.mark.integration
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("zero_stage", ["null", 0, 1, 2, 3])
-def test_two_ranks_have_the_losses_of_one(digits, tmp_path, single, zero_stage):
-    words = [*SMALL, *data(digits), f"run.dir={tmp_path}", "schedule.warmup_steps=5", "engine.micro_batch_size=16"]
-    words += [f"engine.zero_stage={zero_stage}", "checkpoint.every_steps=10"]
-    code, output = train(*words, "run.steps=20", "run.steps=30", launcher=two_ranks())
-    assert code == 0, output
-    assert losses(tmp_path) == pytest.approx(single, abs=2e-5)
-    assert status(tmp_path)["status"] == "finished"
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_two_ranks_have_the_losses_of_one(on_two_ranks, single, zero_stage):
+    assert losses(on_two_ranks[zero_stage]) == pytest.approx(single, abs=2e-5)
+    assert status(on_two_ranks[zero_stage])["status"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(digits, on_two_ranks, tmp_path_factory):
+    """Copies of these runs as if killed after the checkpoint of step 10, resumed under another strategy by one rank."""
+    folder, commands = tmp_path_factory.mktemp("one"), []
+    for first, second in CHANGES.items():
+        run_dir = folder / first
+        shutil.copytree(on_two_ranks[first], run_dir)
+        (run_dir / "exit.json").unlink()
+        for step in (20, 30):
+            shutil.rmtree(run_dir / f"checkpoints/step-{step:08d}")
+        words = [*SMALL, *data(digits), "run.steps=30", "schedule.warmup_steps=5", "checkpoint.every_steps=10"]
+        commands.append([*words, f"run.dir={run_dir}", f"engine.zero_stage={second}"])
+    output = train_several(folder, *commands)
+    return {first: folder / first for first in CHANGES}, output
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("first", STAGES)
+def test_a_run_resumes_under_another_strategy_on_another_number_of_ranks(on_one_rank, single, first):
+    run_dirs, output = on_one_rank
+    assert f"resuming from {run_dirs[first]}/checkpoints/step-00000010" in output
+    assert losses(run_dirs[first]) == pytest.approx(single, abs=2e-5)
+    assert status(run_dirs[first])["status"] == "finished"
+    assert len(json.loads((run_dirs[first] / "manifest.json").read_text())["devices"]) == 1
 
 
 @pytest.mark.integration
@@ -65,23 +113,28 @@ def test_every_launcher_trains_the_same(digits, tmp_path, single, launcher):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("zero_stage", ["null", 1])
-def test_one_task_per_rank_as_srun_starts_them(digits, tmp_path, single, zero_stage):
+def test_one_task_per_rank_as_srun_starts_them(digits, tmp_path, single):
     """Only the variables of a step of srun: a stand-in for Slurm, which the cluster tests run for real."""
-    words = [*SMALL, *data(digits), f"run.dir={tmp_path}", "schedule.warmup_steps=5", "run.steps=30"]
+    words = [*SMALL, *data(digits), "schedule.warmup_steps=5", "run.steps=30"]
+    stages = ("null", "1")
+    file = tmp_path / "commands.json"
+    file.write_text(
+        json.dumps([[*words, f"run.dir={tmp_path / stage}", f"engine.zero_stage={stage}"] for stage in stages])
+    )
     common = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_PORT": str(free_port()),
               "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}  # fmt: skip
     ranks = [
         start(
-            *words, f"engine.zero_stage={zero_stage}", environ={**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+            file, script="tests/integration/several.py", environ={**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
         )
         for rank in ("0", "1")
     ]
     outputs = [process.communicate(timeout=200)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert "finished after step 30" in outputs[0]
+    assert outputs[0].count("finished after step 30") == 2
     assert "finished" not in outputs[1]
-    assert losses(tmp_path) == pytest.approx(single, abs=2e-5)
+    for stage in stages:
+        assert losses(tmp_path / stage) == pytest.approx(single, abs=2e-5)
 
 
 @pytest.mark.integration
@@ -120,24 +173,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_loses_none(digits, 
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("first", "second"), [("1", "3"), ("3", "null"), ("2", "0"), ("null", "2"), ("0", "1")])
-def test_a_stopped_run_resumes_under_another_strategy(digits, tmp_path, single, first, second):
-    words = [*SMALL, *data(digits), f"run.dir={tmp_path}", "schedule.warmup_steps=5", "run.steps=30"]
-    words += ["checkpoint.every_steps=5"]
-    process = start(*words, f"engine.zero_stage={first}", launcher=two_ranks())
-    wait_for(tmp_path / "checkpoints/step-00000010")
-    os.kill(process.pid, signal.SIGTERM)
-    process.wait(120)
-    process.stdout.close()
-    assert status(tmp_path)["status"] in ("saved: start me again", "finished")
-    assert max(losses(tmp_path)) == status(tmp_path)["step"]
-    code, output = train(*words, f"engine.zero_stage={second}")
-    assert code == 0, output
-    assert losses(tmp_path) == pytest.approx(single, abs=2e-5)
-
-
-@pytest.mark.integration
 def test_sigkill_resumes_from_the_last_checkpoint_with_the_same_losses(digits, tmp_path, single):
     words = [*SMALL, *data(digits), f"run.dir={tmp_path}", "schedule.warmup_steps=5", "run.steps=30"]
     words += ["checkpoint.every_steps=7"]
@@ -160,28 +195,36 @@ def wait_for(path, seconds=120):
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("zero_stage", ["one process", "null", 1, 2, 3])
-def test_the_default_run_reaches_97_percent(digits, tmp_path, zero_stage):
-    words = [*data(digits), f"run.dir={tmp_path}"]
-    if zero_stage == "one process":
-        code, output = train(*words, launcher=("accelerate", "launch"))
-    else:
-        code, output = train(
-            *words,
-            f"engine.zero_stage={zero_stage}",
-            launcher=two_ranks(),
-        )
+@pytest.mark.timeout(1200)
+def test_the_default_run_reaches_97_percent(digits, tmp_path):
+    code, output = train(*data(digits), f"run.dir={tmp_path}", launcher=("accelerate", "launch"))
     assert code == 0, output
     assert_accurate(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def accurate(digits, tmp_path_factory):
+    """Whole runs to the accuracy on two ranks, one strategy after another: the run directories."""
+    folder, stages = tmp_path_factory.mktemp("accurate"), ("null", "1", "2", "3")
+    words = [*ACCURATE, *data(digits)]
+    commands = [[*words, f"run.dir={folder / stage}", f"engine.zero_stage={stage}"] for stage in stages]
+    train_several(folder, *commands, launcher=two_ranks())
+    return {stage: folder / stage for stage in stages}
+
+
 @pytest.mark.integration
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("zero_stage", ["null", "1", "2", "3"])
+def test_two_ranks_reach_97_percent(accurate, zero_stage):
+    assert_accurate(accurate[zero_stage])
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1200)
 def test_a_run_killed_in_the_middle_resumes_and_reaches_97_percent(digits, tmp_path):
-    words = [*data(digits), f"run.dir={tmp_path}"]
+    words = [*ACCURATE, *data(digits), f"run.dir={tmp_path}", "checkpoint.every_steps=200"]
     process = start(*words)
-    wait_for(tmp_path / "checkpoints/step-00000337")
+    wait_for(tmp_path / "checkpoints/step-00000200")
     process.kill()
     process.wait(60)
     process.stdout.close()
@@ -199,14 +242,21 @@ def assert_accurate(run_dir):
     assert final["val/top1"] >= 0.97
 
 
+@pytest.fixture(scope="module")
+def poisoned():
+    """What nan_guard.py has seen of each strategy and precision."""
+    command = [*two_ranks(), str(ROOT / "tests/integration/nan_guard.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment({}), timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {(case["zero_stage"], case["precision"]): case for case in found}
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("zero_stage", ["null", "0", "1", "2", "3"])
-def test_a_gradient_that_is_not_finite_on_one_rank_never_reaches_the_weights(zero_stage, precision):
-    script = str(ROOT / "tests/integration/nan_guard.py")
-    command = [*two_ranks(), script, zero_stage, precision]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment({}), timeout=280)
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_a_gradient_that_is_not_finite_on_one_rank_never_reaches_the_weights(poisoned, zero_stage, precision):
+    found = poisoned[zero_stage, precision]
     assert found["kept"], found
     assert found["goes on"], found
     assert found["finite"], found

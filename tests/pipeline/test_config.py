@@ -44,6 +44,7 @@ def test_a_variant_on_the_command_line_wins_over_the_file():
     [
         ("schedule.peak_lrr=1", "command line: schedule.peak_lrr: unknown key; did you mean 'schedule.peak_lr'?"),
         ("modle.width=1", "command line: modle: unknown key; did you mean 'model'?"),
+        ("data.allow_pipe=true", "command line: data.allow_pipe: unknown key; did you mean 'data.read.allow_pipe'?"),
         ("data.workers=many", "command line: data.workers: expected a whole number, found 'many'"),
         ("model.qkv_bias=3", "command line: model.qkv_bias: expected true or false, found 3"),
         ("model.image_size=30", "model.image_size: 30 is no multiple of patch_size 8; the nearest that are: 24, 32"),

@@ -54,6 +54,9 @@ def test_an_exported_file_fills_a_fresh_model_bit_by_bit(run, tmp_path, layout):
     folder, model = run
     out = tmp_path / {"hf": "folder", "jax": "vit.npz"}.get(layout, "vit.safetensors")
     assert main([str(folder / "checkpoints/step-00000005"), "--layout", layout, "--out", str(out)]) == 0
+    written = out / "model.safetensors" if layout == "hf" else out
+    (tmp_path / "like").touch()
+    assert written.stat().st_mode == (tmp_path / "like").stat().st_mode, "readable by whom the user's umask says"
     filled = fit_weights(build_model(model.config, EngineConfig(), 1), str(out), new_head=False)
     assert all(torch.equal(tensor, filled[name]) for name, tensor in model.state_dict().items())
 

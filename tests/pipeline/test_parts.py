@@ -12,7 +12,7 @@ from pipeline.engine import EngineConfig, TrainingState, check_launcher, plan_ba
 from pipeline.errors import UserError
 from pipeline.objectives.classification import Config
 from pipeline.optimizer import OptimizerConfig, build_optimizer, moment_names, parameter_groups, skip_step
-from pipeline.runtime import Ranks, read_accelerate, read_ranks
+from pipeline.runtime import Ranks, export_ranks, read_accelerate, read_ranks
 from pipeline.schedule import ScheduleConfig, learning_rate
 from tests.conftest import ROOT
 from vit.model import ViT, ViTConfig
@@ -189,6 +189,10 @@ def test_ranks_are_read_from_each_launcher():
     srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0",
             "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}  # fmt: skip
     assert read_ranks(srun) == Ranks(2, 4, 0, 2)
+    for nodes, address in (("localhost,x[01-03]", "localhost"), ("no-such-host[07-09]n[1-2],x", "10.0.0.7")):
+        environ = {"SLURM_STEP_NODELIST": nodes, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+        export_ranks(read_ranks(srun), environ)
+        assert environ["MASTER_ADDR"] == address
     with pytest.raises(UserError, match="WORLD_SIZE: expected a number, found 'two'"):
         read_ranks({"RANK": "0", "WORLD_SIZE": "two"})
 
@@ -223,6 +227,15 @@ def test_the_newest_whole_checkpoint_is_found_and_read(tmp_path):
         assert torch.equal(loaded.weights[name], torch.full((3, 2), 3.0))
         assert torch.equal(loaded.moments["exp_avg"][name], torch.full((3, 2), 3.0))
     assert loaded.updates == 3
+
+
+def test_a_part_that_went_to_another_disk_makes_no_checkpoint(tmp_path):
+    save(tmp_path, 1, 1.0)
+    known = checkpoint.write_share(str(tmp_path / "elsewhere"), state(2.0, "b"), 1, 2)
+    here = checkpoint.write_share(str(tmp_path / ".part-00000002"), state(2.0, "a"), 0, 2)
+    with pytest.raises(OSError, match=r"model-00002-of-00002.safetensors.*one shared file system"):
+        checkpoint.complete(f"{tmp_path}/.part-00000002", f"{tmp_path}/step-00000002", here | known, {"step": 2})
+    assert checkpoint.latest(str(tmp_path))[0].endswith("step-00000001")
 
 
 def test_the_best_and_those_of_chosen_steps_are_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, data, environment, free_port
+from tests.conftest import ROOT, SMALL, data, environment, free_port, two_ranks
 
 NAMESPACES = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode == 0
 needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="another host name on this machine needs root")
@@ -179,3 +180,21 @@ def test_torchrun_starts_it_and_a_mistake_of_the_users_is_exit_code_2(digits, tm
     done = subprocess.run([sys.executable, "-m", "pipeline.preflight", "optimizer.lrr=1"], **options)
     assert done.returncode == 2
     assert "optimizer.lrr: unknown key; known here are" in done.stderr
+
+
+@pytest.mark.integration
+def test_it_goes_on_as_the_training_command_only_if_all_is_fine(digits, tmp_path):
+    words = ["-m", "pipeline.preflight", "--then-train", *SMALL, *data(digits), f"run.dir={tmp_path}", "run.steps=2"]
+    options = {"cwd": ROOT, "env": environment({}), "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([*two_ranks(), *words, "data.global_batch_size=63"], **options)
+    assert done.returncode == 1
+    assert "FAILED batch                    data.global_batch_size: 63 does not divide by 2 ranks" in done.stdout
+    assert "1 problems" in done.stdout
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert end["status"] == "failed"
+    assert end["reason"].startswith("preflight: batch: data.global_batch_size: 63 does not divide")
+    assert os.listdir(tmp_path) == ["exit.json"]
+    done = subprocess.run([*two_ranks(), *words], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"all is fine, in .*finished after step 2 of 2", done.stdout, re.S)
+    assert json.loads((tmp_path / "exit.json").read_text())["status"] == "finished"

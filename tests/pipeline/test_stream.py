@@ -8,8 +8,11 @@ import shutil
 import tarfile
 
 import numpy as np
+import psutil
 import pytest
 import torch
+import webdataset
+from PIL import Image
 
 from pipeline.data.augment import resize, shift
 from pipeline.data.index import load_index, write_index
@@ -93,6 +96,65 @@ def test_a_world_size_that_does_not_divide_the_lanes_is_refused_with_the_nearest
     config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
     with pytest.raises(UserError, match=r"5 ranks do not divide 24 lanes.*nearest.*: 4, 6"):
         train_stream(config, load_index(config.train), POLICIES, 16, 10, 0, Ranks(0, 5, 0, 5), 0)
+
+
+def test_a_negative_seed_is_refused(digits):
+    config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
+    with pytest.raises(UserError, match=r"run.seed: must not be negative, found -1"):
+        train_stream(config, load_index(config.train), POLICIES, 16, 10, -1, Ranks(0, 1, 0, 1), 0)
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(digits):
+    config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
+    loader = Loader(train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0), 0, CPU)
+    iterator = iter(loader)
+    first = next(iterator).images[3:5]  # a part holds it all
+    kept, content = first.untyped_storage().data_ptr(), first.clone()
+    second = next(iterator)
+    places = {kept, second.images.untyped_storage().data_ptr()}
+    assert len(places) == 2
+    del second
+    third = next(iterator)
+    assert third.images.untyped_storage().data_ptr() in places - {kept}
+    assert torch.equal(first, content)
+    del first
+    assert next(iterator).images.untyped_storage().data_ptr() == kept
+
+
+def test_workers_hold_the_same_memory_after_each_epoch(digits):
+    config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24, shuffle_pool=480)
+    stream = train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0)
+    loader = Loader(stream, 2, CPU)
+    found = []
+    for step, _ in enumerate(loader, 1):
+        if step % 60 == 0:  # an epoch of 1,437 samples
+            found.append(sum(worker.memory_info().rss for worker in psutil.Process().children(recursive=True)))
+        if len(found) == 4:
+            break
+    loader.close()
+    assert max(found[1:]) < 1.05 * found[0], found
+
+
+def test_a_shard_larger_than_memory_is_read_by_windows(tmp_path):
+    """One shard of 400 samples of 1 MB: a JPEG, and what a camera may leave behind its end."""
+    photo = io.BytesIO()
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(photo, "JPEG")
+    content = photo.getvalue() + bytes(1_000_000)
+    with webdataset.TarWriter(str(tmp_path / "train-000.tar"), mtime=0) as writer:
+        for number in range(400):
+            writer.write({"__key__": f"{number:04d}", "jpg": content, "cls": "1"})
+    write_index([str(tmp_path / "train-000.tar")])
+    config = DataConfig(train=(str(tmp_path / "train-000.tar"),), global_batch_size=8, shuffle_pool=32)
+    stream = train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0)
+    loader = Loader(stream, 1, CPU)
+    iterator, held = iter(loader), []
+    for _ in range(55):  # more than an epoch
+        assert next(iterator).valid_rows == 8
+        (worker,) = psutil.Process().children(recursive=True)
+        held.append(worker.memory_full_info().uss)  # what it doesn't share with this process
+    loader.close()
+    # The pool of 32 MB, the windows that are read ahead, and what is being parsed of them.
+    assert max(held) < 150e6, max(held)
 
 
 def damaged(digits, tmp_path, position, value):

@@ -1,16 +1,18 @@
 """Tars written by others: every dialect gives what webdataset itself reads of it."""
 
 import io
+import itertools
 import tarfile
 
 import pytest
 import webdataset
+from webdataset.tariterators import base_plus_ext
 
 from pipeline.data.index import load_index, load_records, write_index
 from pipeline.data.order import Order
 from pipeline.data.reader import OrderedSamples
 from pipeline.data.source import Source
-from pipeline.data.tar import parse_stream, parse_tar, plain_members
+from pipeline.data.tar import PLAIN_NAME, parse_stream, parse_tar, plain_samples
 
 NAMES = ["a/b/0001", "0002", "n01440764/x-3", "d" * 120 + "/long", "späß", "with space", "v1.0/dots.in.folder/4"]
 
@@ -58,14 +60,54 @@ def test_every_dialect_of_tar_gives_what_webdataset_reads(tmp_path, dialect):
     assert [(s.label, s.bad) for s in read] == [(int(e["cls"]), None) for e in expected]
 
 
-def test_plain_files_are_read_without_tarfile_and_nothing_else_is(tmp_path):
-    path = tmp_path / "x.tar"
-    with webdataset.TarWriter(str(path), mtime=0) as writer:
-        writer.write({"__key__": "a", "jpg": b"image", "cls": "7"})
-    data = path.read_bytes()[:2048]
-    assert plain_members(data) == [("a.cls", b"7"), ("a.jpg", b"image")]
-    for position, byte in ((156, b"2"), (156, b"x"), (257, b"X"), (345, b"p"), (124, b"\x80"), (0, b"\xff")):
+def whole_members(writer_options, samples):
+    """A run of whole members by webdataset's writer, without the end marks of the tar."""
+    file = io.BytesIO()
+    with webdataset.TarWriter(file, **writer_options) as writer:
+        for sample in samples:
+            writer.write(sample)
+    with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
+        last = tar.getmembers()[-1]
+    return file.getvalue()[: last.offset_data + -(-last.size // 512) * 512]
+
+
+@pytest.mark.parametrize("options", [{"mtime": 0}, {}], ids=["as ours", "with times in pax headers"])
+def test_plain_files_are_read_without_tarfile(options):
+    samples = [{"__key__": "f/a", "jpg": b"i" * 700, "cls": "7"}, {"__key__": "b", "Seg.PNG": b"", "cls": "8"}]
+    data = whole_members(options, samples)
+    assert (b"mtime=" in data) == (not options)
+    found = plain_samples(data)
+    assert found == [
+        {"__key__": "f/a", "cls": b"7", "jpg": b"i" * 700}, {"__key__": "b", "seg.png": b"", "cls": b"8"}
+    ]  # fmt: skip
+    assert found == [
+        {k: v for k, v in sample.items() if k != "__url__"} for sample in parse_stream(io.BytesIO(data), "")
+    ]
+
+
+def test_whatever_is_not_plain_is_left_to_tarfile():
+    data = whole_members({"mtime": 0}, [{"__key__": "a", "jpg": b"image", "cls": "7"}])
+    for position, byte in (
+        (156, b"2"), (156, b"x"), (156, b"L"), (257, b"X"), (345, b"p"), (124, b"\x80"), (0, b"\xff"), (0, b"."),
+    ):  # fmt: skip
         spoilt = bytearray(data)
-        spoilt[position : position + 1] = byte
-        assert plain_members(bytes(spoilt)) is None
-    assert plain_members(data[:512]) is None
+        spoilt[position : position + len(byte)] = byte
+        assert plain_samples(bytes(spoilt)) is None
+    assert plain_samples(data[:512]) is None
+    assert plain_samples(data + data[1024:]) is None  # the same member twice
+    for name in ("__meta__.json", "n" * 120 + ".jpg", "späß.jpg"):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        assert plain_samples(file.getvalue().rstrip(b"\0").ljust(512, b"\0")) is None
+
+
+def test_names_are_cut_as_webdataset_cuts_them():
+    """All names of six letters among these, which make dots and folders in every place."""
+    for letters in itertools.product("a./_", repeat=6):
+        name = "".join(letters)
+        found = PLAIN_NAME.match(name.encode() + bytes(94))
+        if found is not None:  # the rest is left to webdataset
+            assert (found[1].decode(), found[2].decode()) == base_plus_ext(name)
+            assert not name.startswith("__")
+    assert PLAIN_NAME.match(b"n01/a.seg.png\0").groups() == (b"n01/a", b"seg.png")

@@ -73,7 +73,7 @@ def assert_same_logits(ours, theirs):
 def sizes(*quick):
     """All variants at 224 and 384; those not named run as integration tests."""
     cases = [(variant, size) for variant in ("Ti/16", "S/16", "B/16", "L/16") for size in (224, 384)]
-    marks = {case: [] if case in quick else pytest.mark.integration for case in cases}
+    marks = {case: [] if case in quick else [pytest.mark.integration, pytest.mark.timeout(1200)] for case in cases}
     return pytest.mark.parametrize(("variant", "size"), [pytest.param(*c, marks=m) for c, m in marks.items()])
 
 
@@ -123,8 +123,8 @@ def test_representation_layer_equals_hugging_faces_pooler(qkv_bias):
     assert_same_logits(model.pool(model.encode(model.embed(images))), reference(images).pooler_output)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.integration
+@pytest.mark.timeout(1800)  # two minutes on two free cores
 def test_a_hundred_training_steps_have_the_losses_of_hugging_face():
     model = ViT(ViTConfig(**ViTConfig.expand({"variant": "Ti/16"})))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -146,8 +146,11 @@ def test_a_hundred_training_steps_have_the_losses_of_hugging_face():
         return found
 
     ours = losses(model.train(), model)
+    theirs = losses(reference, lambda batch: reference(batch).logits)
     assert ours[-1] < ours[0] - 1
-    assert ours == pytest.approx(losses(reference, lambda batch: reference(batch).logits), abs=1e-4)
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"losses from {ours[0]:.3f} to {ours[-1]:.3f}, largest difference {difference:.1e}")
+    assert difference < 1e-4
 
 
 def test_layers_equal_torch_in_fp64():
@@ -237,6 +240,12 @@ def test_average_pooling_has_no_class_token():
 def test_impossible_configs_name_the_field_and_the_fix(fields, message):
     with pytest.raises(ValueError, match=message):
         ViTConfig(**{**SMALL, **fields})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 24), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_of_another_shape_are_named(shape):
+    with pytest.raises(ValueError, match=r"images: expected \(B, 3, 32, 32\), found \(" + str(shape[0])):
+        build()(torch.randn(shape))
 
 
 def test_unknown_variant_lists_the_known():

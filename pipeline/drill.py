@@ -1,0 +1,549 @@
+"""A fire drill on this machine: real ranks, real signals, and nothing may be lost.
+
+    python -m pipeline.drill --config configs/X.yaml [key=value ...]
+
+First a run that nothing befalls, then the same run once for each drill: its ranks are killed, stopped, starved of disk;
+it is started again until it is finished, and compared with the first: the loss of each step and the final weights and
+moments (bit by bit on the same number of ranks), the samples of each step, each step exactly once in metrics.jsonl.
+Exit code 0: nothing was lost; 1: something was; 2: a mistake in the config or the command line.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.job import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.config import RunConfig
+
+EXIT_USER_ERROR = 2
+HANG_SECONDS = 5.0  # of the watchdog, when a rank is stopped; more where steps are slow
+PATIENCE_SECONDS = 600.0  # for a start, or for a job's end
+FULL_DISK_BYTES = 1024  # of a file; less would fail the semaphores that processes share, too
+TOLERANCE = {"no": 1e-4, "bf16": 3e-2, "fp16": 3e-2}  # with another number of ranks, whose sums have another order
+
+
+class Lost(Exception):
+    """What should have happened and did not."""
+
+
+@dataclass
+class Outcome:
+    """A row of the table."""
+
+    drill: str
+    done: str
+    lost: list[str] = field(default_factory=list)
+    noticed_seconds: float | None = None  # from the fault until the job has ended or says what is wrong
+    recovered_seconds: float | None = (
+        None  # from the next start, or the end of the fault, until it is further than before
+    )
+    repeated_steps: int = 0  # trained again, since no checkpoint had them
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has left."""
+
+    losses: dict[int, float]
+    lines: Counter[int]  # of each step in metrics.jsonl
+    samples: dict[int, list[str]]  # of each step, over all ranks
+    state: "dict[str, Tensor]"
+
+
+class Drill:
+    """Starts the runs and knows what they should come to."""
+
+    def __init__(self, config: "RunConfig", path: str, overrides: Sequence[str], ranks: int, steps: int, kills: int,
+                 folder: str, seed: int):  # fmt: skip
+        self.config, self.path, self.overrides = config, path, list(overrides)
+        self.ranks, self.steps, self.kills, self.folder = ranks, steps, kills, folder
+        self.every = max(steps // 6, 1)
+        self.tolerance = TOLERANCE[config.engine.precision]
+        self.random = random.Random(seed)
+        self.jobs: list[Job] = []
+        self.startup_seconds, self.step_seconds = 0.0, 0.0
+        self.reference: Result | None = None
+
+    def run_dir(self, name: str) -> str:
+        return os.path.join(self.folder, name, "run")
+
+    def start(self, name: str, *words: str, ranks: int | None = None, **environ: str) -> Job:
+        """Starts the run of a drill, or starts it again."""
+        os.makedirs(os.path.join(self.folder, name), exist_ok=True)
+        count = sum(entry.startswith("output-") for entry in os.listdir(os.path.join(self.folder, name)))
+        own = ["run.deterministic=true", *self.overrides, "run.epochs=null", f"run.steps={self.steps}"]
+        own += ["run.log_every_steps=1", "data.log_samples=true", f"checkpoint.every_steps={self.every}"]
+        own += [f"run.dir={self.run_dir(name)}", *words]
+        output = os.path.join(self.folder, name, f"output-{count + 1:03d}.txt")
+        job = Job(["--config", self.path, *own], ranks or self.ranks, output, environ)
+        self.jobs.append(job)
+        return job
+
+    def wait_for(self, job: Job, what: str, happened: Callable[[], bool]) -> float:
+        """Seconds until `happened`.
+
+        Raises:
+            Lost: the job ended before, or it took too long.
+        """
+        began = time.monotonic()
+        while not happened():
+            if not job.running() and not happened():
+                raise Lost(f"the run ended before {what}; {job.output} says why (or --steps is too small)")
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                raise Lost(f"{what}: not within {PATIENCE_SECONDS:g} s; see {job.output}")
+            time.sleep(0.005)
+        return time.monotonic() - began
+
+    def wait_for_step(self, name: str, job: Job, step: int) -> float:
+        return self.wait_for(job, f"step {step}", lambda: last_step(self.run_dir(name)) >= step)
+
+    def ended(self, job: Job) -> float:
+        """Seconds until all processes of a job have ended.
+
+        Raises:
+            Lost: they don't.
+        """
+        began = time.monotonic()
+        if job.wait(PATIENCE_SECONDS) is None:
+            job.kill()
+            raise Lost(f"processes were left after {PATIENCE_SECONDS:g} s; see {job.output}")
+        self.jobs.remove(job)
+        return time.monotonic() - began
+
+    def resume(self, name: str, outcome: Outcome, *words: str, ranks: int | None = None) -> Result:
+        """Starts a run that has ended again, to its end; what this took goes to `outcome`."""
+        run = self.run_dir(name)
+        before = last_step(run)
+        outcome.repeated_steps += before - newest_checkpoint(run)
+        job = self.start(name, *words, ranks=ranks)
+        if before < self.steps:
+            outcome.recovered_seconds = self.wait_for_step(name, job, before + 1)
+        return self.finish(name, job)
+
+    def finish(self, name: str, job: Job) -> Result:
+        """Waits for a run that nothing befalls any more.
+
+        Raises:
+            Lost: it does not finish.
+        """
+        self.ended(job)
+        ended = read_json(os.path.join(self.run_dir(name), "exit.json"))
+        if (ended or {}).get("status") != "finished":
+            raise Lost(f"the run did not finish: {ended}; see {job.output}")
+        return read_result(self.run_dir(name))
+
+    def close(self) -> None:
+        for job in self.jobs:
+            job.kill()
+
+
+def rehearse(drill: Drill) -> None:
+    """The run that nothing befalls.
+
+    Raises:
+        UserError: it fails already.
+    """
+    job = drill.start("reference")
+    try:
+        drill.wait_for_step("reference", job, 1)
+        drill.startup_seconds = time.monotonic() - job.began
+        drill.reference = drill.finish("reference", job)
+    except Lost as problem:
+        lines = [line for line in job.said().splitlines() if line.strip()]
+        said = next((line for line in lines if line.startswith("error: ")), "\n".join(lines[-5:]))
+        raise UserError(f"the run fails without any drill: {problem}\n{said}") from None
+    seconds = time.monotonic() - job.began - drill.startup_seconds
+    drill.step_seconds = seconds / drill.steps
+
+
+def kill_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """A rank dies of SIGKILL, as of the kernel's when memory is short: the job must end, and resume."""
+    job = drill.start(name)
+    drill.wait_for_step(name, job, drill.steps // 2)
+    outcome = Outcome(name, f"kill -9 of rank {drill.ranks - 1} at step {last_step(drill.run_dir(name))}")
+    job.send(signal.SIGKILL, [job.rank_processes()[drill.ranks - 1]])
+    outcome.noticed_seconds = drill.ended(job)
+    return outcome, drill.resume(name, outcome)
+
+
+def terminate(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """All processes get SIGTERM, as batch systems send it before the end: the step must be saved."""
+    outcome, _ = saved_by_signal(drill, name)
+    return outcome, drill.resume(name, outcome)
+
+
+def fewer_ranks(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """A saved run goes on with fewer ranks."""
+    rows, lanes = drill.config.data.global_batch_size, drill.config.data.plan.lanes
+    ranks = next(n for n in range(drill.ranks - 1, 0, -1) if rows % n == 0 and lanes % n == 0)
+    outcome, step = saved_by_signal(drill, name)
+    outcome.done = f"SIGTERM at step {step}, resumed on {ranks} of {drill.ranks} ranks"
+    return outcome, drill.resume(name, outcome, "engine.micro_batch_size=null", ranks=ranks)
+
+
+def saved_by_signal(drill: Drill, name: str) -> tuple[Outcome, int]:
+    job = drill.start(name)
+    run = drill.run_dir(name)
+    drill.wait_for_step(name, job, drill.steps // 2)
+    job.send(signal.SIGTERM)
+    outcome = Outcome(name, "SIGTERM to all processes", noticed_seconds=drill.ended(job))
+    ended, step = read_json(os.path.join(run, "exit.json")), last_step(run)
+    outcome.done += f" at step {step}"
+    if ended is None or not ended["status"].startswith("saved"):
+        raise Lost(f"the run did not save: {ended}; see {job.output}")
+    if newest_checkpoint(run) != step:
+        outcome.lost.append(f"step {step} was trained, the checkpoint is of step {newest_checkpoint(run)}")
+    return outcome, step
+
+
+def fill_disk(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """The ranks' files cannot grow for a while: training goes on, and the checkpoint is tried again."""
+    from pipeline import checkpoint
+
+    job = drill.start(name, "checkpoint.every_minutes=0.02")
+    run = drill.run_dir(name)
+    drill.wait_for_step(name, job, drill.every + 1)
+    job.limit_file_size(FULL_DISK_BYTES)
+    outcome = Outcome(name, f"files of the ranks can't grow from step {last_step(run)} on")
+    try:
+        outcome.noticed_seconds = drill.wait_for(
+            job, "the failure was told", lambda: "can't write the checkpoint" in job.said()
+        )
+        found = checkpoint_names(run)
+        paths = [os.path.join(run, "checkpoints", checkpoint_name) for checkpoint_name in found]
+        outcome.lost += [f"{path}: {wrong}" for path in paths if (wrong := checkpoint.verify(path))]
+    finally:
+        job.limit_file_size(None)
+    outcome.recovered_seconds = drill.wait_for(
+        job, "a checkpoint was written", lambda: checkpoint_names(run)[-1:] > found[-1:]
+    )
+    return outcome, drill.finish(name, job)
+
+
+def poison(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """A batch's loss is NaN on one rank: the step is left out, as if the batch had not been there."""
+    step = drill.steps // 2
+    os.makedirs(drill.run_dir("without"))
+    with open(os.path.join(drill.run_dir("without"), "skipped.json"), "w") as file:
+        json.dump([{"first": step, "last": step, "reason": "the poisoned batch"}], file)
+    expected = drill.finish("without", drill.start("without"))
+    outcome = Outcome(name, f"the loss of step {step + 1} is NaN on rank {drill.ranks - 1}")
+    result = drill.finish(name, drill.start(name, f"health.nan_at_step={step}"))
+    notes = read_lines(os.path.join(drill.run_dir(name), "health.jsonl"))
+    if not any(note["step"] == step + 1 and str(drill.ranks - 1) in note["ranks"] for note in notes):
+        outcome.lost.append(f"health.jsonl does not name step {step + 1} and rank {drill.ranks - 1}")
+    for run in (result, expected):
+        run.losses.pop(step + 1, None)  # one has none, the other the other ranks'
+    outcome.lost += compare(result, expected, drill.steps)
+    return outcome, expected
+
+
+def stop_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """A rank stands still (SIGSTOP): the others explain it and end the job."""
+    hang = max(HANG_SECONDS, 20 * drill.step_seconds)
+    # torchrun waits for so long before it kills a rank that stands still.
+    job = drill.start(name, f"health.hang_seconds={hang:.1f}", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
+    drill.wait_for_step(name, job, drill.steps // 2)
+    stopped = drill.ranks - 1
+    outcome = Outcome(name, f"SIGSTOP to rank {stopped} at step {last_step(drill.run_dir(name))}")
+    job.send(signal.SIGSTOP, [job.rank_processes()[stopped]])
+    outcome.noticed_seconds = drill.wait_for(job, "the hang was told", lambda: "got nowhere for" in job.said())
+    drill.ended(job)
+    if f"did not arrive: rank {stopped}: last heard of" not in job.said():
+        outcome.lost.append(f"rank {stopped} is not named as the one that did not arrive; see {job.output}")
+    return outcome, drill.resume(name, outcome)
+
+
+def kill_again_and_again(drill: Drill, name: str) -> tuple[Outcome, Result]:
+    """SIGKILLs at random moments, of a rank or of all processes, each followed by a start."""
+    outcome = Outcome(name, "")
+    run, done = drill.run_dir(name), 0
+    words = [f"checkpoint.every_steps={max(drill.steps // (2 * drill.kills), 1)}"]
+    while done < drill.kills and newest_checkpoint(run) < drill.steps:
+        resumed, before = newest_checkpoint(run), inode(run)
+        job = drill.start(name, *words)
+        if drill.random.random() < 0.3:
+            wait_seconds(job, drill.random.uniform(0.0, drill.startup_seconds))
+        else:
+            span = 2 * (drill.steps - resumed) // (drill.kills - done + 1)
+            target = min(resumed + drill.random.randint(1, max(span, 1)), drill.steps)
+            # Until a start has come to its first step, the lines of the one before it are in the file.
+            while job.running() and (inode(run) == before or last_step(run) < target):
+                time.sleep(0.005)
+            wait_seconds(job, drill.random.uniform(0.0, 3 * drill.step_seconds))
+        if job.running():
+            done += 1
+        ranks = list(job.rank_processes().values())
+        if ranks and drill.random.random() < 0.5:
+            job.send(signal.SIGKILL, [drill.random.choice(ranks)])
+            drill.ended(job)
+        else:
+            job.kill()
+            drill.jobs.remove(job)
+        outcome.repeated_steps += max(last_step(run) - newest_checkpoint(run), 0)
+        say(f"  kill {done} of {drill.kills}: step {last_step(run)}, newest checkpoint {newest_checkpoint(run)}")
+    outcome.done = f"{done} SIGKILLs at random moments"
+    repeated = outcome.repeated_steps
+    result = drill.resume(name, outcome, *words)
+    outcome.repeated_steps = repeated
+    return outcome, result
+
+
+DRILLS: dict[str, Callable[[Drill, str], tuple[Outcome, Result]]] = {
+    "kill": kill_rank,
+    "sigterm": terminate,
+    "disk": fill_disk,
+    "nan": poison,
+    "stop": stop_rank,
+    "fewer-ranks": fewer_ranks,
+    "kills": kill_again_and_again,
+}
+
+
+def practise(drill: Drill, name: str) -> Outcome:
+    """One drill, compared with the run that nothing befell."""
+    outcome = Outcome(name, (DRILLS[name].__doc__ or "").split(":")[0])
+    try:
+        outcome, result = DRILLS[name](drill, name)
+    except Lost as problem:
+        outcome.lost.append(str(problem))
+        return outcome
+    if name != "nan":
+        assert drill.reference is not None
+        tolerance = drill.tolerance if name == "fewer-ranks" else 0.0
+        outcome.lost += compare(result, drill.reference, drill.steps, tolerance)
+    return outcome
+
+
+def compare(result: Result, expected: Result, steps: int, tolerance: float = 0.0) -> list[str]:
+    """What a run has lost against another. `tolerance` is absolute for losses, relative for all weights together."""
+    import torch
+
+    lost = []
+    wrong = {step: count for step in range(1, steps + 1) if (count := result.lines[step]) != 1}
+    if wrong:
+        lost.append(f"metrics.jsonl has steps not exactly once: {first_few(wrong)}")
+    differing = {
+        step: (result.losses.get(step), expected.losses.get(step))
+        for step in sorted(expected.losses.keys() | result.losses.keys())
+        if not close(result.losses.get(step), expected.losses.get(step), tolerance)
+    }
+    if differing:
+        lost.append(f"losses differ (here, without the fault): {first_few(differing)}")
+    streams = {step: "differ" for step in range(1, steps + 1) if result.samples.get(step) != expected.samples.get(step)}
+    if streams or not expected.samples:
+        lost.append(f"other samples in steps {first_few(streams)}")
+    if result.state.keys() != expected.state.keys():
+        lost.append(f"the checkpoint has other tensors: {first_few(result.state.keys() ^ expected.state.keys())}")
+    elif tolerance == 0.0:
+        changed = [name for name, value in expected.state.items() if not torch.equal(value, result.state[name])]
+        if changed:
+            lost.append(f"{len(changed)} of {len(expected.state)} final tensors differ: {first_few(changed)}")
+    else:
+        names = [name for name in expected.state if name.startswith("weights/")]
+        here, there = (torch.cat([run.state[name].flatten() for name in names]) for run in (result, expected))
+        distance = float((here - there).norm() / there.norm())
+        if not distance <= tolerance:
+            lost.append(f"the final weights differ by {distance:.2g} of their norm, allowed {tolerance:g}")
+    return lost
+
+
+def close(left: float | None, right: float | None, tolerance: float) -> bool:
+    return left == right or (left is not None and right is not None and abs(left - right) <= tolerance)
+
+
+def first_few(values: Any, count: int = 3) -> str:
+    items = [f"{key}: {value}" for key, value in values.items()] if isinstance(values, dict) else list(values)
+    return ", ".join(map(str, items[:count])) + (f" and {len(items) - count} more" if len(items) > count else "")
+
+
+def read_result(run: str) -> Result:
+    """Raises Lost where a finished run has left no whole checkpoint."""
+    from pipeline import checkpoint
+
+    path, skipped = checkpoint.latest(os.path.join(run, "checkpoints"))
+    if path is None or skipped:
+        raise Lost(f"checkpoints that are not whole: {'; '.join(skipped) or 'there are none'}")
+    state = checkpoint.load(path)
+    tensors = {f"weights/{name}": value for name, value in state.weights.items()}
+    for key, moments in state.moments.items():
+        tensors |= {f"{key}/{name}": value for name, value in moments.items()}
+    lines = [line for line in read_lines(os.path.join(run, "metrics.jsonl")) if "learning_rate" in line]
+    samples: dict[int, list[str]] = {}
+    for name in sorted(os.listdir(run)):
+        if name.startswith("samples-rank"):
+            for line in read_lines(os.path.join(run, name)):
+                samples.setdefault(line["step"], []).extend(line["samples"])
+    return Result(
+        losses={line["step"]: line["loss"] for line in lines if "loss" in line},
+        lines=Counter(line["step"] for line in lines),
+        samples={step: sorted(keys) for step, keys in samples.items()},
+        state=tensors,
+    )
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; the last one may be half written."""
+    found = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                if line.endswith("\n"):
+                    found.append(json.loads(line))
+    return found
+
+
+def read_json(path: str) -> Any:
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
+def last_step(run: str) -> int:
+    """The last step of which a run has written."""
+    return max((line["step"] for line in read_lines(os.path.join(run, "metrics.jsonl"))), default=0)
+
+
+def newest_checkpoint(run: str) -> int:
+    """The step of the newest whole checkpoint; 0 without one."""
+    from pipeline import checkpoint
+
+    path, _ = checkpoint.latest(os.path.join(run, "checkpoints"))
+    return 0 if path is None else int(os.path.basename(path).removeprefix("step-"))
+
+
+def checkpoint_names(run: str) -> list[str]:
+    folder = os.path.join(run, "checkpoints")
+    return sorted(name for name in os.listdir(folder) if name.startswith("step-"))
+
+
+def inode(run: str) -> int | None:
+    """Of metrics.jsonl, which each start that comes so far writes anew."""
+    path = os.path.join(run, "metrics.jsonl")
+    return os.stat(path).st_ino if os.path.exists(path) else None
+
+
+def wait_seconds(job: Job, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and job.running():
+        time.sleep(0.01)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Rows of equal width."""
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    rows = [("drill", "what was done", "noticed s", "recovered s", "repeated", "lost")]
+    for outcome in outcomes:
+        noticed, recovered = seconds(outcome.noticed_seconds), seconds(outcome.recovered_seconds)
+        lost = "; ".join(outcome.lost) or "nothing"
+        rows.append((outcome.drill, outcome.done, noticed, recovered, str(outcome.repeated_steps), lost))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row[:5], widths, strict=True)), row[5]]) for row in rows)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    drills = "\n".join(f"  {name:<12} {run.__doc__}" for name, run in DRILLS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.drill", description=__doc__, epilog=f"drills:\n{drills}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", default="configs/digits.yaml", help="YAML file (configs/digits.yaml)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine, one a GPU (2)")
+    parser.add_argument("--steps", type=int, default=60, help="length of each run in optimizer steps (60)")
+    parser.add_argument("--kills", type=int, default=6, help="SIGKILLs of the drill `kills` (6)")
+    parser.add_argument("--dir", help="new or empty folder that keeps all runs; default: one that goes if all is well")
+    parser.add_argument("--only", nargs="+", choices=DRILLS, metavar="DRILL", help="these drills, instead of all")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
+    parser.add_argument("--json", metavar="FILE", help="write the table there as JSON, too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def check(parsed: argparse.Namespace) -> "RunConfig":
+    """Raises UserError for what no drill can be held with."""
+    from pipeline.config import load_config
+
+    config = load_config(parsed.config, parsed.overrides)
+    for name, least in (("ranks", 2), ("steps", 12), ("kills", 1)):
+        if getattr(parsed, name) < least:
+            raise UserError(f"--{name}: must be at least {least}, found {getattr(parsed, name)}")
+    if config.data.resampled:
+        raise UserError("data.resampled: shards drawn with replacement have no exact resume; set data.resampled=false")
+    if not any(type(sink).__module__.endswith("jsonl") for sink in config.monitor):
+        raise UserError("monitor: the drill reads metrics.jsonl; add jsonl to monitor")
+    if parsed.dir is not None and os.path.isdir(parsed.dir) and os.listdir(parsed.dir):
+        raise UserError(f"--dir {parsed.dir}: is not empty; name a new folder")
+    return config
+
+
+def hold(drill: Drill, names: Sequence[str]) -> list[Outcome]:
+    say(f"{drill.ranks} ranks, {drill.steps} steps, a checkpoint every {drill.every}; runs below {drill.folder}")
+    began = time.monotonic()
+    rehearse(drill)
+    say(f"reference: finished in {time.monotonic() - began:.1f} s, first step after {drill.startup_seconds:.1f} s")
+    outcomes = []
+    for name in names:
+        began = time.monotonic()
+        say(f"{name}: {DRILLS[name].__doc__}")
+        outcome = practise(drill, name)
+        drill.close()
+        say(f"  {outcome.done}; lost: {'; '.join(outcome.lost) or 'nothing'} ({time.monotonic() - began:.1f} s)")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    drill = None
+    try:
+        config = check(parsed)
+        folder = os.path.abspath(parsed.dir or tempfile.mkdtemp(prefix="drill-"))
+        drill = Drill(config, parsed.config, parsed.overrides, parsed.ranks, parsed.steps, parsed.kills, folder,
+                      parsed.seed)  # fmt: skip
+        outcomes = hold(drill, parsed.only or list(DRILLS))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted; its processes are ended", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    finally:
+        if drill is not None:
+            drill.close()
+    say("\n" + table(outcomes))
+    if parsed.json:
+        with open(parsed.json, "w") as file:
+            json.dump([asdict(outcome) for outcome in outcomes], file, indent=1)
+    lost = sum(bool(outcome.lost) for outcome in outcomes)
+    if not lost and parsed.dir is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    say(f"\n{lost} drills lost something; see {folder}" if lost else "\nnothing was lost")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
