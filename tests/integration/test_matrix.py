@@ -16,21 +16,21 @@ from tests.conftest import ROOT, environment, free_port
 
 TINY = ["run.epochs=null", "run.steps=6", "run.log_every_steps=1", "data.workers=0", "data.log_samples=true",
         "monitor=[jsonl]", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
-        "model.head_bias=-1.0", "schedule.warmup_steps=1", "schedule.peak_lr=2e-2", "optimizer.eps=1e-5", "engine.grad_clip=0.5",
-        "engine.micro_batch_size=8", "optimizer.ema_decay=0.9", "checkpoint.every_steps=4",
-        "checkpoint.keep_last=9"]  # fmt: skip
+        "schedule.warmup_steps=1", "schedule.peak_lr=2e-2", "optimizer.eps=1e-5", "optimizer.ema_decay=0.9",
+        "engine.grad_clip=0.5", "engine.micro_batch_size=8", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]  # fmt: skip
 STRATEGIES = ["null", "0", "1", "2", "3"]
 CELLS = [f"{ranks}-{stage}-{precision}" for ranks in (1, 2, 4) for stage in STRATEGIES for precision in ("no", "bf16")]
+SGD = ["optimizer.name=sgd", "optimizer.layer_decay=0.7", "schedule.peak_lr=0.3"]
 MORE = {  # beside the matrix: cell -> its own options
     "2-1-no-offload": ["engine.offload_optimizer=true"],
     "2-2-bf16-offload": ["engine.offload_optimizer=true"],
     "2-3-bf16-offload": ["engine.offload_optimizer=true"],
     "2-2-bf16-half": ["engine.reduce_precision=half"],
-    "1-null-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
-    "2-null-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
-    "2-0-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
-    "2-2-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
-    "2-3-no-sgd": ["optimizer.name=sgd", "optimizer.layer_decay=0.7"],
+    "1-null-no-sgd": SGD,
+    "2-null-no-sgd": SGD,
+    "2-0-no-sgd": SGD,
+    "2-2-no-sgd": SGD,
+    "2-3-no-sgd": SGD,
 }
 # Saved by the first, gone on with after step 4 by the second: every strategy, precision and number of ranks on both
 # sides, and to the same topology (whose continuation must be the same bit for bit).
@@ -42,7 +42,7 @@ PAIRS = [
     ("2-2-no-sgd", "2-3-no-sgd"), ("2-3-no-sgd", "2-0-no-sgd"),
 ]  # fmt: skip
 SAME = [f"2-{stage}-{precision}" for stage in STRATEGIES for precision in ("no", "bf16")] + ["4-null-no", "4-2-no"]
-TOLERANCE = {"no": 1e-5, "bf16": 3e-2}  # of the loss: in fp32 only the order of sums differs
+TOLERANCE = {"no": 1e-5, "bf16": 5e-2}  # of the loss, to fp32 in one process: there only the order of sums differs
 
 
 def words(cell):
