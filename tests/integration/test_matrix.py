@@ -17,7 +17,8 @@ from tests.conftest import ROOT, environment, free_port
 TINY = ["run.epochs=null", "run.steps=6", "run.log_every_steps=1", "data.workers=0", "data.log_samples=true",
         "monitor=[jsonl]", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
         "schedule.warmup_steps=1", "schedule.peak_lr=2e-2", "optimizer.eps=1e-5", "optimizer.ema_decay=0.9",
-        "engine.grad_clip=0.5", "engine.micro_batch_size=8", "checkpoint.every_steps=4", "checkpoint.keep_last=9"]  # fmt: skip
+        "engine.grad_clip=0.5", "engine.micro_batch_size=8", "checkpoint.every_steps=4",
+        "checkpoint.keep_last=9"]  # fmt: skip
 STRATEGIES = ["null", "0", "1", "2", "3"]
 CELLS = [f"{ranks}-{stage}-{precision}" for ranks in (1, 2, 4) for stage in STRATEGIES for precision in ("no", "bf16")]
 SGD = ["optimizer.name=sgd", "optimizer.layer_decay=0.7", "schedule.peak_lr=0.3"]
@@ -42,7 +43,7 @@ PAIRS = [
     ("2-2-no-sgd", "2-3-no-sgd"), ("2-3-no-sgd", "2-0-no-sgd"),
 ]  # fmt: skip
 SAME = [f"2-{stage}-{precision}" for stage in STRATEGIES for precision in ("no", "bf16")] + ["4-null-no", "4-2-no"]
-TOLERANCE = {"no": 1e-5, "bf16": 5e-2}  # of the loss, to fp32 in one process: there only the order of sums differs
+TOLERANCE = {"no": 1e-5, "bf16": 5e-2}  # of the loss, to one process in fp32: there only the order of sums differs
 
 
 def words(cell):
