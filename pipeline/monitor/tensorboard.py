@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pipeline.monitor.sink import Sink
 
-GROUPS = {"images_per_second": "speed", "data_wait_fraction": "speed", "mfu": "speed"}
+SPEED = ("images_per_second", "data_wait_fraction", "mfu", "slowest_rank", "slowest_rank_ratio")
+SPEED += ("longest_data_wait_seconds",)
 
 # The page "Custom Scalars": what to look at first. Each chart names the tags that it draws together.
 LAYOUT = {
@@ -22,7 +23,11 @@ LAYOUT = {
     "Is it healthy?": {
         "norm of the gradient": ["Multiline", ["train/grad_norm"]],
         "learning rate": ["Multiline", ["train/learning_rate"]],
-        "bad samples (empty: none)": ["Multiline", ["train/bad_samples"]],
+        "what went wrong (empty: nothing)": [
+            "Multiline",
+            ["train/bad_samples", "train/nonfinite_steps", "train/spikes", "train/skipped_steps"],
+        ],
+        "slowest rank's forward pass, to the median": ["Multiline", ["speed/slowest_rank_ratio"]],
     },
 }
 
@@ -42,7 +47,7 @@ class TensorBoard(Sink):
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            tag = name if "/" in name else f"{GROUPS.get(name, 'train')}/{name}"
+            tag = name if "/" in name else f"{'speed' if name in SPEED else 'train'}/{name}"
             self.writer.add_scalar(tag, value, step)
 
     def images(self, step: int, images: Tensor, labels: list[str]) -> None:

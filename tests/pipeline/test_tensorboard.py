@@ -11,6 +11,7 @@ from pipeline.monitor.tensorboard import LAYOUT, Config
 from tests.conftest import ROOT, environment, free_port
 
 LOGGED = ["loss", "top1", "learning_rate", "grad_norm", "images_per_second", "data_wait_fraction", "mfu", "bad_samples"]
+LOGGED += ["nonfinite_steps", "spikes", "skipped_steps", "slowest_rank_ratio"]
 
 
 def write_run(folder):
