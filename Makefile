@@ -22,7 +22,7 @@ check: $(INSTALLED)
 	$(BIN)/yamllint .pre-commit-config.yaml configs docker launch
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
-	$(PYTEST) -m integration
+	$(PYTEST) -m 'integration and not slow'
 
 test-container:  ## docker/Dockerfile: build, run and test it; needs docker, podman, or root on Debian
 	tests/container/run.sh

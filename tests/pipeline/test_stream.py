@@ -121,6 +121,10 @@ def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(digits):
     assert next(iterator).images.untyped_storage().data_ptr() == kept
 
 
+def worker_processes(loader):
+    return [psutil.Process(worker.pid) for worker in loader.loader._iterator._workers]
+
+
 def test_workers_hold_the_same_memory_after_each_epoch(digits):
     config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24, shuffle_pool=480)
     stream = train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0)
@@ -128,7 +132,7 @@ def test_workers_hold_the_same_memory_after_each_epoch(digits):
     found = []
     for step, _ in enumerate(loader, 1):
         if step % 60 == 0:  # an epoch of 1,437 samples
-            found.append(sum(worker.memory_info().rss for worker in psutil.Process().children(recursive=True)))
+            found.append(sum(worker.memory_info().rss for worker in worker_processes(loader)))
         if len(found) == 4:
             break
     loader.close()
@@ -150,7 +154,7 @@ def test_a_shard_larger_than_memory_is_read_by_windows(tmp_path):
     iterator, held = iter(loader), []
     for _ in range(55):  # more than an epoch
         assert next(iterator).valid_rows == 8
-        (worker,) = psutil.Process().children(recursive=True)
+        (worker,) = worker_processes(loader)
         held.append(worker.memory_full_info().uss)  # what it doesn't share with this process
     loader.close()
     # The pool of 32 MB, the windows that are read ahead, and what is being parsed of them.
