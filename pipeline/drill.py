@@ -263,7 +263,7 @@ def stop_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
     job.send(signal.SIGSTOP, [job.rank_processes()[stopped]])
     outcome.noticed_seconds = drill.wait_for(job, "the hang was told", lambda: "got nowhere for" in job.said())
     drill.ended(job)
-    if f"did not arrive: rank {stopped}: last heard of" not in job.said():
+    if f"did not arrive: rank {stopped}: " not in job.said():
         outcome.lost.append(f"rank {stopped} is not named as the one that did not arrive; see {job.output}")
     return outcome, drill.resume(name, outcome)
 
