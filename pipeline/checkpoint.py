@@ -85,10 +85,10 @@ class Saver:
             minutes = min(RETRY_MINUTES, minutes or RETRY_MINUTES)
         return minutes is not None and time.monotonic() - self.clock > 60 * minutes
 
-    def wait(self) -> None:
-        """Until the checkpoint that is being written, if there is one, lies on the disk."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the checkpoint that is being written, if there is one, lies on the disk, or the time is over."""
         if self.thread is not None:
-            self.thread.join()
+            self.thread.join(seconds)
             self.thread = None
 
     def finish(self) -> None:

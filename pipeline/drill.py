@@ -162,13 +162,12 @@ def rehearse(drill: Drill) -> None:
     try:
         drill.wait_for_step("reference", job, 1)
         drill.startup_seconds = time.monotonic() - job.began
+        drill.step_seconds = drill.wait_for_step("reference", job, drill.steps) / drill.steps
         drill.reference = drill.finish("reference", job)
     except Lost as problem:
         lines = [line for line in job.said().splitlines() if line.strip()]
         said = next((line for line in lines if line.startswith("error: ")), "\n".join(lines[-5:]))
         raise UserError(f"the run fails without any drill: {problem}\n{said}") from None
-    seconds = time.monotonic() - job.began - drill.startup_seconds
-    drill.step_seconds = seconds / drill.steps
 
 
 def kill_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
@@ -264,7 +263,7 @@ def stop_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
     job.send(signal.SIGSTOP, [job.rank_processes()[stopped]])
     outcome.noticed_seconds = drill.wait_for(job, "the hang was told", lambda: "got nowhere for" in job.said())
     drill.ended(job)
-    if f"did not arrive: rank {stopped}: last heard of" not in job.said():
+    if f"did not arrive: rank {stopped}: " not in job.said():
         outcome.lost.append(f"rank {stopped} is not named as the one that did not arrive; see {job.output}")
     return outcome, drill.resume(name, outcome)
 
@@ -279,16 +278,18 @@ def kill_again_and_again(drill: Drill, name: str) -> tuple[Outcome, Result]:
         job = drill.start(name, *words)
         if drill.random.random() < 0.3:
             wait_seconds(job, drill.random.uniform(0.0, drill.startup_seconds))
+            ranks = list(job.rank_processes().values())
         else:
             span = 2 * (drill.steps - resumed) // (drill.kills - done + 1)
             target = min(resumed + drill.random.randint(1, max(span, 1)), drill.steps)
             # Until a start has come to its first step, the lines of the one before it are in the file.
-            while job.running() and (inode(run) == before or last_step(run) < target):
+            while job.running() and inode(run) == before:
                 time.sleep(0.005)
-            wait_seconds(job, drill.random.uniform(0.0, 3 * drill.step_seconds))
-        if job.running():
-            done += 1
-        ranks = list(job.rank_processes().values())
+            ranks = list(job.rank_processes().values())  # takes longer than some steps
+            while job.running() and last_step(run) < target:
+                time.sleep(0.001)
+            wait_seconds(job, drill.random.uniform(0.0, drill.step_seconds))
+        done += job.running()
         if ranks and drill.random.random() < 0.5:
             job.send(signal.SIGKILL, [drill.random.choice(ranks)])
             drill.ended(job)
@@ -298,6 +299,8 @@ def kill_again_and_again(drill: Drill, name: str) -> tuple[Outcome, Result]:
         outcome.repeated_steps += max(last_step(run) - newest_checkpoint(run), 0)
         say(f"  kill {done} of {drill.kills}: step {last_step(run)}, newest checkpoint {newest_checkpoint(run)}")
     outcome.done = f"{done} SIGKILLs at random moments"
+    if done < drill.kills:
+        outcome.done += f" (not {drill.kills}: the run was over; more --steps)"
     repeated = outcome.repeated_steps
     result = drill.resume(name, outcome, *words)
     outcome.repeated_steps = repeated
@@ -442,7 +445,7 @@ def inode(run: str) -> int | None:
 def wait_seconds(job: Job, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and job.running():
-        time.sleep(0.01)
+        time.sleep(0.002)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -27,15 +28,24 @@ class Job:
         self.ranks, self.output, self.mark = ranks, output, uuid.uuid4().hex
         kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
         self.began = time.monotonic()
-        with open(output, "w") as file:
-            self.process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**kept, **(environ or {}), MARK: self.mark},
-                start_new_session=True,  # Ctrl-C is ours
-            )
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**kept, **(environ or {}), MARK: self.mark},
+            start_new_session=True,  # Ctrl-C is ours
+        )
+        Path(output).touch()
+        self.writer = threading.Thread(target=self._write_output, daemon=True)
+        self.writer.start()
+
+    def _write_output(self) -> None:
+        """A job whose files can't grow can still say so: we write its output."""
+        assert self.process.stdout is not None
+        with self.process.stdout as pipe, open(self.output, "wb", buffering=0) as file:
+            while data := os.read(pipe.fileno(), 1 << 16):
+                file.write(data)
 
     def said(self) -> str:
         with open(self.output, errors="replace") as file:
@@ -87,6 +97,7 @@ class Job:
                 if time.monotonic() > end:
                     return None
                 time.sleep(0.05)
+            self.writer.join()  # all that it has said
         return self.process.returncode
 
     def kill(self) -> None:
@@ -95,6 +106,7 @@ class Job:
             self.send(signal.SIGKILL, pids)
             time.sleep(0.01)
         self.process.wait()
+        self.writer.join()
 
 
 def _status(pid: int | str) -> list[str]:

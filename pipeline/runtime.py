@@ -5,6 +5,7 @@ Imports torch only where it is used, so that signals are caught from the first m
 
 import contextlib
 import datetime
+import io
 import multiprocessing
 import os
 import re
@@ -155,6 +156,25 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+class _Log(io.FileIO):
+    """What can't be written (a full disk below the log, a reader that is gone) is dropped: training must go on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def survive_a_full_log() -> None:
+    """From now on no `print`, progress bar or warning ends the process since its log can't be written."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        old.flush()
+        buffered = io.BufferedWriter(_Log(old.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffered, old.encoding, old.errors, line_buffering=True))
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

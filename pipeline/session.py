@@ -5,13 +5,14 @@ import contextlib
 import os
 import shlex
 import sys
+import traceback
 from typing import Any
 
 from pipeline.errors import PeerLost, UserError
-from pipeline.runtime import StopSignal, export_ranks, read_accelerate, read_ranks
+from pipeline.runtime import StopSignal, export_ranks, read_accelerate, read_ranks, survive_a_full_log
 
 EXIT_USER_ERROR = 2
-EXIT_PEER_LOST = 1
+EXIT_PEER_LOST = EXIT_CRASH = 1
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +37,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parses, builds, fits, closes. Returns 0 (finished, or saved after a signal) or 2 (a mistake of the user's)."""
+    """Parses, builds, fits, closes. Returns 0 (finished, or saved after a signal), 2 (a mistake of the user's) or 1."""
+    survive_a_full_log()
     stop = StopSignal().install()
     parsed = parse_arguments(arguments)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -49,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PeerLost as error:
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_PEER_LOST
+    except Exception:  # with its traceback, but without waiting for threads that wait for other ranks
+        traceback.print_exc()
+        return EXIT_CRASH
 
 
 def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
@@ -104,7 +109,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         with contextlib.suppress(OSError):  # the disk may be what is wrong
             run_dir.end("failed", run.trainer.steps_done if run else 0, f"rank {ranks.rank}: {shown}")
         if run is not None:
-            run.trainer.close()
+            run.trainer.close(failed=True)
         if shown is not error:
             raise shown from None
         raise

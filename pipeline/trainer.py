@@ -24,6 +24,8 @@ from pipeline.options import option
 from pipeline.runtime import Vote
 from pipeline.watchdog import Watchdog
 
+CLOSE_SECONDS = 20.0  # for a checkpoint under way to be written by all, when a rank has failed
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
@@ -278,10 +280,11 @@ class Trainer:
             except OSError as error:  # a full disk must not end the training
                 print(f"warning: {type(sink).__name__}: {error}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """After a failure, ranks that will not come are not waited for."""
         self.watchdog.stop()
         self.ledger.flush()
-        self.saver.wait()
+        self.saver.wait(CLOSE_SECONDS if failed else None)
         self._show("close")
         for loader in (self.train, self.val):
             if loader is not None:

@@ -68,9 +68,11 @@ class Watchdog:
     def _tell(self, interval: float) -> None:
         with contextlib.suppress(UserError, PeerLost):  # without a store a hang is explained without the others
             meeting = self._meet()
-            while not self.stopped.wait(interval):
+            while True:
                 step, phase, _ = self.now
                 meeting.tell("beat", {"step": step, "phase": phase, "reading": self.reading(), "at": time.time()})
+                if self.stopped.wait(interval):
+                    return
 
     def _meet(self) -> Meeting:
         return Meeting(self.ranks.rank, self.ranks.world_size, self.place, MEETING_SECONDS, hosts=False)
