@@ -25,7 +25,7 @@ def loaded_bit_for_bit(run):
     path, _ = checkpoint.latest(run.run_dir.checkpoints)
     if path is None:
         return True
-    saved, share = checkpoint.load(path), run.engine.state()
+    saved, share = checkpoint.load(path), run.engine.whole(run.engine.state(), run.trainer.saver.group)
     pairs = [(share.weights, saved.weights)] + [(share.moments[k], saved.moments[k]) for k in run.engine.slots]
     same = share.updates == saved.updates and all(
         torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine
