@@ -263,10 +263,12 @@ def test_a_signal_to_the_group_while_it_compiles_loses_no_step(digits, tmp_path)
 
 
 def compilers(job):
+    """The processes that compile a kernel; those before them only try what the compiler can do."""
     found = []
     for pid in job.processes():
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() in ("cc1plus", "g++", "ld", "as", "collect2"):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"cc1plus" in words[0] and any(word.endswith(b".main.cpp") for word in words):
                 found.append(pid)
     return found
 
@@ -289,6 +291,16 @@ def test_a_third_signal_ends_a_run_at_once_and_what_a_launcher_repeats_is_one(di
     ended = json.loads((chain.run / "exit.json").read_text())
     assert ended["status"] == "failed"
     assert ended["reason"] == "SIGINT, the third signal: ended without saving"
+
+
+@pytest.mark.integration
+def test_a_log_on_a_full_disk_ends_no_training(digits, tmp_path):
+    words = [*WORDS, *data(digits), f"run.dir={tmp_path}", "run.steps=6", "monitor=[jsonl,progress]"]
+    with open("/dev/full", "w") as full:
+        process = start(*words, "health.nan_at_step=3", stdout=full, stderr=full)
+        assert process.wait(200) == 0
+    assert json.loads((tmp_path / "exit.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "health.jsonl").read_text())["step"] == 4
 
 
 # Ranks that die, stand still or are slow.
