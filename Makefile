@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: pretrain test check test-integration test-cluster test-container clean
+.PHONY: pretrain test check test-integration test-survival test-cluster test-container clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
@@ -23,6 +23,9 @@ check: $(INSTALLED)
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
 	$(PYTEST) -m 'integration and not slow'
+
+test-survival: $(INSTALLED)  ## fire drills, signals and kills at random moments, hangs, slow ranks
+	$(PYTEST) -m 'survival and not slow'
 
 test-container:  ## docker/Dockerfile: build, run and test it; needs docker, podman, or root on Debian
 	tests/container/run.sh

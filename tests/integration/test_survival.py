@@ -40,7 +40,7 @@ def drill(digits, folder, *words):
     return done.returncode, done.stdout, {row["drill"]: row for row in rows}
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 @pytest.mark.timeout(1800)
 def test_the_whole_drill_loses_nothing(digits, tmp_path):
     code, output, rows = drill(digits, tmp_path, "--steps", "36", "--kills", "6")
@@ -52,7 +52,7 @@ def test_the_whole_drill_loses_nothing(digits, tmp_path):
     assert "nothing was lost" in output
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("zero_stage", "drills"),
@@ -114,7 +114,7 @@ def test_a_drill_that_loses_something_says_so(tmp_path):
     assert "weights differ by" in "\n".join(compare(result("far", losses, "ab", 1.5), expected, 3, tolerance=1e-2))
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 def test_ctrl_c_ends_a_drill_with_all_its_processes(digits, tmp_path):
     command = [sys.executable, "-m", "pipeline.drill", *CONFIG, *WORDS[:6], *data(digits), "--dir", str(tmp_path / "d")]
     process = subprocess.Popen(
@@ -210,7 +210,7 @@ def uninterrupted(digits, tmp_path_factory):
     return Chain(tmp_path_factory.mktemp("uninterrupted"), [*LENGTH, *data(digits)]).finish()
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 @pytest.mark.timeout(1800)
 def test_signals_at_random_moments_lose_no_step(digits, tmp_path, uninterrupted):
     """18 moments: 6 in start-up, 4 in evaluation, 4 in saving, 4 in training; to the process or its whole group."""
@@ -245,7 +245,7 @@ def stop_again_and_again(digits, folder, seed):
     return chain.finish()
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 @pytest.mark.timeout(1200)
 def test_a_signal_to_the_group_while_it_compiles_loses_no_step(digits, tmp_path):
     """While g++ runs: the signal reaches the compilers and their pool as well."""
@@ -273,7 +273,7 @@ def compilers(job):
     return found
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 def test_a_third_signal_ends_a_run_at_once_and_what_a_launcher_repeats_is_one(digits, tmp_path):
     chain = Chain(tmp_path, [*WORDS, *data(digits), "run.steps=100000", "run.evaluate_every_steps=1"])
     job = chain.start()
@@ -293,7 +293,7 @@ def test_a_third_signal_ends_a_run_at_once_and_what_a_launcher_repeats_is_one(di
     assert ended["reason"] == "SIGINT, the third signal: ended without saving"
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 def test_a_log_on_a_full_disk_ends_no_training(digits, tmp_path):
     words = [*WORDS, *data(digits), f"run.dir={tmp_path}", "run.steps=6", "monitor=[jsonl,progress]"]
     with open("/dev/full", "w") as full:
@@ -311,7 +311,7 @@ def two(digits, run, *words, environ=()):
     return [start(*words, environ={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 def test_a_rank_that_dies_takes_the_other_down_within_seconds_without_a_launcher(digits, tmp_path):
     ranks = two(digits, tmp_path / "run")
     until(lambda: last_step(str(tmp_path / "run")) > 2)
@@ -326,7 +326,7 @@ def test_a_rank_that_dies_takes_the_other_down_within_seconds_without_a_launcher
     assert json.loads((tmp_path / "run/exit.json").read_text())["status"] == "failed"
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 @pytest.mark.timeout(600)
 def test_a_shard_that_hangs_is_named(digits, tmp_path):
     server = Server(digits)
@@ -345,7 +345,7 @@ def test_a_shard_that_hangs_is_named(digits, tmp_path):
     assert 3 in [rank.returncode for rank in ranks]
 
 
-@pytest.mark.integration
+@pytest.mark.survival
 @pytest.mark.timeout(600)
 def test_a_rank_slowed_by_half_is_named_at_the_next_log_step(digits, tmp_path):
     """Rank 1 gets every second slice of 10 ms; a forward pass takes longer than one."""
