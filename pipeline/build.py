@@ -140,6 +140,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     engine.barrier()
     run_dir.opened = True
     start_step, state, facts = restore(run_dir, engine, ranks)
+    evaluation_due = facts.get("evaluation_due", False)
+    trains = start_step < total_steps or evaluation_due
     stream = train_stream(
         config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
         config.run.seed, ranks, start_step,
@@ -147,13 +149,13 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     train = Loader(stream, config.data.workers, engine.device)
     val, val_samples = build_evaluation(config, engine, ranks)
     devices = engine.device_names()
-    if ranks.is_main and start_step < total_steps:
+    if ranks.is_main and trains:
         run_dir.start(to_yaml(config), classes, devices, settings)
     compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer, config.schedule.peak_lr)
     engine.prepare(model, optimizer, state, config.optimizer.ema_decay)
     sinks = []
-    if ranks.is_main and start_step < total_steps:
+    if ranks.is_main and trains:
         sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]
         for sink in sinks:
             sink.text("config", to_yaml(config))
@@ -197,6 +199,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         val_samples=val_samples,
         steps_done=start_step,
         last_evaluation={},
+        evaluation_due=evaluation_due,
     )
     return Run(config, ranks, engine, run_dir, trainer)
 

@@ -162,13 +162,15 @@ def complete(partial: str, final: str, files: dict[str, Any], facts: dict[str, A
         if PART.fullmatch(name) and name not in files:  # of an attempt with another number of ranks
             os.remove(os.path.join(partial, name))
     _write_json(os.path.join(partial, "manifest.json"), {"format": 2, "files": {**files, "state.json": _facts(state)}})
-    shutil.rmtree(final, ignore_errors=True)
+    shutil.rmtree(earlier := f"{partial}-earlier", ignore_errors=True)
+    if os.path.exists(final):
+        os.rename(final, earlier)  # to remove it takes time, in which there would be none
     os.rename(partial, final)
     _sync(os.path.dirname(final))
 
 
 def prune(folder: str, config: CheckpointConfig) -> None:
-    """Removes what is neither among the newest, nor of a step to keep, nor the best."""
+    """Removes what is neither among the newest, nor of a step to keep, nor the best, and what a killed save left."""
     found = _folders(folder)
     kept = set(found[: config.keep_last])
     if config.keep_every_steps:
@@ -179,6 +181,9 @@ def prune(folder: str, config: CheckpointConfig) -> None:
     for path in found:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
+    for name in os.listdir(folder):
+        if name.startswith(".part-"):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 def discard_after(folder: str, step: int) -> None:

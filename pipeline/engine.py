@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -193,6 +193,16 @@ class Engine:
         if state is not None:
             self.load_slots(state)
         self.ema_decay = ema_decay
+
+    def warm_up(self, loss: Callable[[], Tensor]) -> None:
+        """A forward and backward pass of which nothing stays, where later ones would else add up in another order.
+
+        DDP regroups gradients after its first pass, and the sum over more than two ranks depends on the groups: a
+        resume must not begin with another grouping than the step that it repeats had.
+        """
+        if self.ranks.world_size > 2 and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.accelerator.backward(0.0 * loss())
+            self.optimizer.zero_grad()
 
     @contextlib.contextmanager
     def micro_step(self) -> Iterator[None]:

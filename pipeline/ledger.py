@@ -32,10 +32,10 @@ class Ledger:
         """Takes down the rows of global batch `step`."""
         if self.log is not None:
             self.log.write({"step": step + 1, "samples": batch.keys})
-        self.note(step + 1, "train", batch)
+        self.note(step + 1, "train", batch.bad)
 
-    def note(self, step: int, split: str, batch: Batch) -> None:
-        for where, reason in batch.bad:
+    def note(self, step: int, split: str, bad: list[tuple[str, str]]) -> None:
+        for where, reason in bad:
             rank = self.engine.ranks.rank
             self.found.append({"step": step, "split": split, "rank": rank, "sample": where, "reason": reason})
 

@@ -4,6 +4,7 @@ Imports torch only where it is used, so that signals are caught from the first m
 """
 
 import contextlib
+import copy
 import datetime
 import io
 import multiprocessing
@@ -288,6 +289,12 @@ class Vote:
             work.wait()
         stop, save, rows = wish.tolist()
         return Agreement(stop > 0, save > 0, rows)
+
+    def between_steps(self) -> "Vote":
+        """Another one of the same ranks, to begin and finish while this one is under way."""
+        other = copy.copy(self)
+        other.pending = None
+        return other
 
     def drain(self) -> None:
         """Takes the answer to a vote that was begun, if there is one, where nobody needs it any more."""

@@ -86,7 +86,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         while ended is None:
             run = build(config, ranks, stop, run_dir)
             try:
-                complete = run.trainer.start_step >= run.trainer.total_steps
+                complete = run.trainer.complete
                 ended = ("finished", run.trainer.start_step) if complete else run.trainer.fit()
             except Rollback as spike:
                 roll_back(run, spike)

@@ -65,6 +65,10 @@ def due(step: int, every: int | None, total_steps: int) -> bool:
     return step == total_steps or (every is not None and step % every == 0)
 
 
+class BrokenOff(Exception):
+    """An evaluation that a stop has ended."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     grad_norm: Tensor
@@ -100,6 +104,7 @@ class Trainer:
     val_samples: int
     steps_done: int
     last_evaluation: dict[str, float]
+    evaluation_due: bool  # a stop has broken off the one of the step that is done
     bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
 
     def fit(self) -> tuple[str, int]:
@@ -110,10 +115,14 @@ class Trainer:
         """
         sums, saved = Sums(self.engine), self.start_step
         step = self.start_step
-        batches = iter(self.train)
-        self.meter.reset()
-        batch = self._next(step, batches)
-        self._show_inputs(step, batch)
+        if self.evaluation_due and self.evaluate(step):
+            saved = -1  # the checkpoint lacks it
+        if step < self.total_steps:
+            batches = iter(self.train)
+            self.meter.reset()
+            batch = self._next(step, batches)
+            self._show_inputs(step, batch)
+            self._warm_up(batch)
         while step < self.total_steps:
             self.watchdog.beat("vote", step)
             agreed = self.vote.finish()
@@ -132,16 +141,29 @@ class Trainer:
                 self._log(step, sums)
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
                 self.evaluate(step)
+                if self.evaluation_due:
+                    break
             if due(step, self.saver.config.every_steps, self.total_steps) or agreed.save:
                 self._save(step)
                 saved = step
             self._tell(step)
             batch = upcoming
+        self.vote.drain()
         if step != saved and step > 0:
             self._save(step)
         self.watchdog.beat("save", step)
         self.saver.finish()
-        return ("finished" if step == self.total_steps else "saved"), step
+        return ("finished" if self.complete else "saved"), step
+
+    def _warm_up(self, batch: Batch) -> None:
+        micro = batch.split(self.engine.plan.micro_batch)[0]
+        inputs = normalised(micro, self.engine.input_dtype)
+        self.engine.model.train()
+        self.engine.warm_up(lambda: self.objective(self.engine.model, inputs)[0])
+
+    @property
+    def complete(self) -> bool:
+        return self.steps_done >= self.total_steps and not self.evaluation_due
 
     def step(self, step: int, batch: Batch, valid_rows: int) -> StepResult:
         """One optimizer step over this rank's rows of global batch `step`, of which `valid_rows` count on all ranks."""
@@ -174,12 +196,18 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
-        """Counts every validation sample once, on any number of ranks."""
+        """Counts every validation sample once, on any number of ranks. A stop breaks it off: then it is due."""
+        self.evaluation_due = False
         if self.val is None:
             return {}
-        self.last_evaluation = self._evaluated(step, self.engine.model, "val")
-        if self.averaged_model is not None:
-            self.last_evaluation |= self._evaluated(step, self.averaged_model(), "val_ema")
+        try:
+            found = self._evaluated(step, self.engine.model, "val")
+            if self.averaged_model is not None:
+                found |= self._evaluated(step, self.averaged_model(), "val_ema")
+        except BrokenOff:
+            self.evaluation_due = True
+            return {}
+        self.last_evaluation = found
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._stop_if(self.ledger.settle("val", self.val_samples), step)
@@ -190,13 +218,20 @@ class Trainer:
     def _evaluated(self, step: int, model: nn.Module, name: str) -> dict[str, float]:
         assert self.val is not None
         model.eval()
-        sums = Sums(self.engine)
+        sums, bad = Sums(self.engine), []
+        vote = self.vote.between_steps()
+        vote.start(0)
         for batch in self.val:
             self.watchdog.beat("evaluate", step)
+            if vote.finish().stop:
+                raise BrokenOff
+            vote.start(0)
             with self.engine.autocast():
                 sums.add(self.objective(model, normalised(batch, self.engine.input_dtype))[1])
-            if model is self.engine.model:
-                self.ledger.note(step, "val", batch)
+            bad += batch.bad
+        vote.drain()
+        if model is self.engine.model:
+            self.ledger.note(step, "val", bad)
         return {f"{name}/{key}": value for key, value in sums.read().items()}
 
     def _mixed(self, batch: Batch, step: int, first_row: int) -> Batch:
@@ -255,7 +290,10 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the training state."""
-        return {"evaluation": self.last_evaluation, "health": self.health.saved(), "skipped_steps": list(self.skips)}
+        return {
+            "evaluation": self.last_evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
+            "skipped_steps": list(self.skips),
+        }  # fmt: skip
 
     def _settle(self, step: int) -> None:
         self.ledger.flush()

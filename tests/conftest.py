@@ -1,6 +1,7 @@
 """Shared fixtures: the embedded shards, and a way to run the training command as its users do."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["run.epochs=null", "data.workers=1", "run.log_every_steps=1"]

@@ -245,6 +245,16 @@ def test_the_best_and_those_of_chosen_steps_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (3, 4, 6)]
 
 
+def test_a_second_save_of_a_step_replaces_the_first_and_what_a_killed_one_left_goes(tmp_path):
+    save(tmp_path, 1, 1.0)
+    (tmp_path / ".part-00000001-earlier").mkdir()  # killed between the two
+    (tmp_path / ".part-00000001-earlier/state.json").touch()
+    checkpoint.write_share(str(tmp_path / ".part-00000009"), state(9.0, "a"), 0, 1)
+    save(tmp_path, 1, 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoint.load(str(tmp_path / "step-00000001")).updates == 2
+
+
 def test_every_rank_writes_about_as_much():
     sizes = {f"p{n}": size for n, size in enumerate([7, 1, 1, 50, 3, 30, 30, 4])}
     shares = [share_of(sizes, rank, 3) for rank in range(3)]
