@@ -178,6 +178,15 @@ def survive_a_full_log() -> None:
         setattr(sys, name, io.TextIOWrapper(buffered, old.encoding, old.errors, line_buffering=True))
 
 
+def process_began() -> float:
+    """When this process was started, in the seconds of `time.time`; where /proc does not tell, now."""
+    with contextlib.suppress(OSError):
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time()
+
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SECONDS = 0.5  # a launcher passes on what its group has got already: two within this time are one
 
@@ -197,7 +206,7 @@ class StopSignal:
         self.name: str | None = None
         self.count = 0
         self.file: str | None = None
-        self.began, self.looked, self.came = time.time(), 0.0, float("-inf")
+        self.began, self.looked, self.came = process_began(), 0.0, float("-inf")
         self.on_end: Callable[[str], None] = lambda reason: None  # before a third signal ends the process
 
     def watch(self, file: str) -> None:

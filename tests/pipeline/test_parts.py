@@ -1,9 +1,11 @@
 """Schedule, optimizer groups, objective, batch arithmetic, ranks, checkpoints, each on its own."""
 
 import math
+import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from pipeline.engine import EngineConfig, TrainingState, check_launcher, plan_ba
 from pipeline.errors import UserError
 from pipeline.objectives.classification import Config
 from pipeline.optimizer import OptimizerConfig, build_optimizer, moment_names, parameter_groups, skip_step
-from pipeline.runtime import Ranks, export_ranks, read_accelerate, read_ranks
+from pipeline.runtime import Ranks, StopSignal, export_ranks, process_began, read_accelerate, read_ranks
 from pipeline.schedule import ScheduleConfig, learning_rate
 from tests.conftest import ROOT
 from vit.model import ViT, ViTConfig
@@ -195,6 +197,24 @@ def test_ranks_are_read_from_each_launcher():
         assert environ["MASTER_ADDR"] == address
     with pytest.raises(UserError, match="WORLD_SIZE: expected a number, found 'two'"):
         read_ranks({"RANK": "0", "WORLD_SIZE": "two"})
+
+
+def test_a_stop_file_counts_if_it_was_made_since_the_process_was_started(tmp_path):
+    began = process_began()
+    assert began == pytest.approx(psutil.Process().create_time(), abs=0.1)
+    file = tmp_path / "STOP"
+    file.touch()
+    os.utime(file, (began - 0.1, began - 0.1))
+    stop = StopSignal()
+    stop.watch(str(file))
+    assert not file.exists()
+    assert not stop.wanted()
+    file.touch()
+    os.utime(file, (began + 0.1, began + 0.1))  # while it still imported
+    stop = StopSignal()
+    stop.watch(str(file))
+    assert stop.wanted()
+    assert stop.name == "STOP file"
 
 
 def state(value, name):
