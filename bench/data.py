@@ -33,7 +33,8 @@ from pipeline.data.index import Index, load_index, write_index
 from pipeline.data.loader import DataConfig, Loader, keep_freed_memory, train_stream
 from pipeline.runtime import Ranks
 
-SIZE, BATCH, POOL = 224, 64, 1024
+SIZE, BATCH, POOL = 224, 128, 2048
+COPIES = 4
 CROP = inception_crop.Config()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ONE_RANK = Ranks(0, 1, 0, 1)
@@ -77,6 +78,7 @@ def write_shards(folder: str, samples: list[dict[str, bytes]], per_shard: int) -
 
 
 def write_data(folder: str, count: int) -> dict[str, str]:
+    """`count` photographs, each `COPIES` times: as any real data set, more than a processor's caches hold."""
     originals, small = [], []
     for number, image in enumerate(photographs(count)):
         originals.append({"jpg": encode(image, "JPEG", quality=92 + number % 4)})
@@ -85,7 +87,7 @@ def write_data(folder: str, count: int) -> dict[str, str]:
     found = {}
     for name, samples in (("originals", originals), ("256 px", small)):
         print(f"{name}: {count} JPEGs of {np.mean([len(s['jpg']) for s in samples]) / 1000:.0f} KB on average")
-        found[name] = write_shards(f"{folder}/{name.replace(' ', '')}", samples, count // 8)
+        found[name] = write_shards(f"{folder}/{name.replace(' ', '')}", samples * COPIES, count * COPIES // 8)
     return found
 
 

@@ -26,7 +26,7 @@ from pipeline.build import check_labels, find_train_index, prepare_data
 from pipeline.checkpoint import NAME
 from pipeline.config import RunConfig
 from pipeline.data.index import expand_urls, load_index
-from pipeline.data.loader import PREFETCH, train_stream
+from pipeline.data.loader import SLOTS, train_stream
 from pipeline.data.source import Source, is_pipe
 from pipeline.engine import plan_batch
 from pipeline.errors import UserError
@@ -431,7 +431,7 @@ def check_shared_memory(looks: list[dict[str, Any]], config: RunConfig) -> list[
         if "run_dir" not in look or look["run_dir"]["shm"] is None or not config.data.workers:
             continue
         there = sum(other["host"] == look["host"] for other in looks)
-        need, free = there * (PREFETCH + 1) * batch, look["run_dir"]["shm"]
+        need, free = there * SLOTS * batch, look["run_dir"]["shm"]
         frees.append(free)
         if free < need:
             wrong.append(

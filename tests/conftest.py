@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,11 @@ def data(folder):
         f"data.train={folder}/train-{{000..003}}.tar",
         f"data.val={folder}/val-{{000..001}}.tar",
     ]
+
+
+def take(loader, count=None):
+    """The first batches of a loader, or all; copied, since it uses their memory again."""
+    return [replace(batch, images=batch.images.clone()) for batch in islice(loader, count)]
 
 
 def free_port():

@@ -27,7 +27,9 @@ from pipeline.options import option
 from pipeline.runtime import Ranks, ignore_signals
 
 BOARD_BYTES = 512
-PREFETCH = 4  # parts of batches that a worker has under way
+PREFETCH = 4  # batches that the workers have under way
+HELD = 2  # batches whose images the rank may hold: the one it computes with, and the next
+SLOTS = PREFETCH + HELD  # batches for which there is shared memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class DataConfig:
 
 @dataclass
 class Batch:
-    """A rank's rows of one global batch."""
+    """A rank's rows of one global batch. On a CPU the images are the workers' memory: see `Loader`."""
 
     images: Tensor  # (B, 3, S, S), uint8
     labels: Tensor  # (B,), int64
@@ -102,7 +104,7 @@ class Batch:
 
 @dataclass
 class Part:
-    """A worker's rows of a batch. Their pixels lie in the worker's ring of shared memory."""
+    """A worker's rows of a batch. Their pixels lie in shared memory."""
 
     slot: int
     labels: np.ndarray  # (rows,), int64
@@ -172,12 +174,12 @@ def evaluation_stream(
 class Reader(IterableDataset):
     """Reads, decodes and augments a worker's lanes; yields their part of each batch, or a UserError.
 
-    `rings` has a tensor (slots, rows, S, S, 3) of shared memory for each worker, which are written in turn; `boards`
-    one of bytes, where it says what it is reading.
+    `ring` is shared memory for some batches of the rank, (SLOTS, B, S, S, 3), in which each worker writes its rows;
+    `boards` has one of bytes for each worker, where it says what it is reading.
     """
 
-    def __init__(self, stream: Stream, rings: list[Tensor], boards: list[Tensor]):
-        self.stream, self.rings, self.boards = stream, rings, boards
+    def __init__(self, stream: Stream, ring: Tensor, boards: list[Tensor]):
+        self.stream, self.ring, self.boards = stream, ring, boards
 
     def __iter__(self) -> Iterator[Part | UserError]:
         self.random = KeyedGenerator(self.stream.order.seed, AUGMENT)
@@ -186,7 +188,7 @@ class Reader(IterableDataset):
         samples = self._samples(part, parts)
         # A worker's exception would reach the rank wrapped in tracebacks: the user's errors travel as values.
         try:
-            yield from self._parts(samples, self._lanes(part, parts), self.rings[part].numpy())
+            yield from self._parts(samples, self._lanes(part, parts))
         except UserError as error:
             yield error
         finally:
@@ -204,15 +206,16 @@ class Reader(IterableDataset):
         key = (stream.order.seed, stream.start_step, stream.ranks.rank, worker)
         return ResampledSamples(stream.urls, source, stream.num_classes, pool, key)
 
-    def _parts(self, samples: OrderedSamples | ResampledSamples, lanes: range, ring: np.ndarray) -> Iterator[Part]:
+    def _parts(self, samples: OrderedSamples | ResampledSamples, lanes: range) -> Iterator[Part]:
         stream, plan = self.stream, self.stream.plan
+        first = (lanes.start - self._lanes(0, 1).start) * plan.rows_per_lane
         for row in plan.rows(lanes, stream.start_step):
             samples.expect(row.lane, row.position)
         decoded: tuple[Any, np.ndarray | None] = None, None  # the copies of a sample follow each other
-        count, step = len(lanes) * plan.rows_per_lane, stream.start_step
+        count, step, ring = len(lanes) * plan.rows_per_lane, stream.start_step, self.ring.numpy()
         while stream.stop_step is None or step < stream.stop_step:
-            slot = (step - stream.start_step) % len(ring)
-            pixels = ring[slot]  # (rows, S, S, 3)
+            slot = (step - stream.start_step) % SLOTS
+            pixels = ring[slot, first : first + count]  # (rows, S, S, 3)
             labels, valid = np.zeros(count, np.int64), np.zeros(count, np.bool_)
             keys, bad = [""] * count, []
             for number, row in enumerate(plan.rows(lanes, step)):
@@ -255,27 +258,24 @@ class Reader(IterableDataset):
 
 
 class Loader:
-    """Joins the workers' parts on the device. Iterate once for training, any times for evaluation."""
+    """Joins the workers' parts on the device. Iterate once for training, any times for evaluation.
+
+    On a CPU nothing is copied: the images of a batch stay as they are until the next but one is asked for.
+    """
 
     def __init__(self, stream: Stream, workers: int, device: torch.device):
         self.device = device
         ranks, plan, size = stream.ranks, stream.plan, stream.image_size
-        self.workers = min(workers, len(plan.lanes_of(ranks.rank, ranks.world_size)))
-        parts = max(self.workers, 1)
-        lanes = [plan.lanes_of(ranks.rank, ranks.world_size, worker, parts) for worker in range(parts)]
-        # A worker has PREFETCH parts under way at most, and one more may be read here: no slot is written before its
-        # time. The rings' pages are used again and again, where new shared memory for each batch would cost more
-        # than the copy.
-        self.rings = [
-            torch.empty(PREFETCH + 1, len(mine) * plan.rows_per_lane, size, size, 3, dtype=torch.uint8)
-            for mine in lanes
-        ]
-        for ring in self.rings:
-            ring.share_memory_()
-        self.boards = [torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_() for _ in lanes]
-        self.free: list[np.ndarray] = []
+        lanes = len(plan.lanes_of(ranks.rank, ranks.world_size))
+        self.workers = min(workers, lanes)
+        self.parts = max(self.workers, 1)
+        # No slot is written before its time: a worker is asked for a part when it has given the one PREFETCH before.
+        # The pages are used again and again: new ones for each batch would cost more than the decoding of a few images.
+        shape = (SLOTS, lanes * plan.rows_per_lane, size, size, 3)
+        self.ring = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self.boards = [torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_() for _ in range(self.parts)]
         self.loader = DataLoader(
-            Reader(stream, self.rings, self.boards),
+            Reader(stream, self.ring, self.boards),
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -285,18 +285,24 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Part] = []
+        given: list[weakref.ref] = []  # the images of the last HELD batches
         for part in self.loader:
             if isinstance(part, UserError):
                 raise part
             parts.append(part)
-            if len(parts) == len(self.rings):
-                yield self._join(parts)
+            if len(parts) == self.parts:
+                images = self.ring[part.slot].numpy()
+                given = [*given[1 - HELD :], weakref.ref(images)]
+                batch = self._join(parts, torch.from_numpy(images))
                 parts = []
+                del images
+                yield batch
+                del batch
+                assert len(given) < HELD or given[0]() is None, "a batch was held too long: copy its images"
 
-    def _join(self, parts: list[Part]) -> Batch:
-        images = self._empty()  # (B, S, S, 3)
-        pixels = [ring[part.slot].numpy() for ring, part in zip(self.rings, parts, strict=True)]
-        np.concatenate(pixels, out=images.numpy())  # torch.cat takes half as long again
+    def _join(self, parts: list[Part], images: Tensor) -> Batch:
+        if self.device.type == "cuda":
+            images = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True).copy_(images)  # (B, S, S, 3)
         labels, valid = (
             torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ("labels", "valid")
         )
@@ -307,16 +313,6 @@ class Loader:
     def reading(self) -> list[str]:
         """What the workers are reading at this moment, those that are."""
         return [text for board in self.boards if (text := read_board(board.numpy()))]
-
-    def _empty(self) -> Tensor:
-        """Memory for a batch: that of an earlier one which nobody holds any more, whose pages the system has given."""
-        shape = (sum(ring.shape[1] for ring in self.rings), *self.rings[0].shape[2:])
-        if self.device.type == "cuda":
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch itself keeps pinned memory
-        memory = self.free.pop() if self.free else np.empty(shape, np.uint8)
-        view = memory[:]  # lives as long as any tensor that shares it
-        weakref.finalize(view, self.free.append, memory).atexit = False
-        return torch.from_numpy(view)
 
     def close(self) -> None:
         """Ends the worker processes."""

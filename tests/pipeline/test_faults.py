@@ -26,7 +26,7 @@ from pipeline.data.loader import DataConfig, Loader, train_stream
 from pipeline.data.source import ReadConfig, Source
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
-from tests.conftest import free_port
+from tests.conftest import free_port, take
 
 QUICK = ReadConfig(timeout_seconds=0.5, deadline_seconds=3.0)
 
@@ -121,8 +121,7 @@ def epoch(folder, steps=48, read=QUICK, workers=0, **options):
     loader = Loader(
         train_stream(config, index, (resize.Config(),), 16, 10, 5, Ranks(0, 1, 0, 1), 0), workers, torch.device("cpu")
     )
-    iterator = iter(loader)
-    found = [next(iterator) for _ in range(steps)]
+    found = take(loader, steps)
     loader.close()
     keys = [key.rpartition("/")[2] for batch in found for key in batch.keys]
     bad = [(where.rpartition("/")[2], reason) for batch in found for where, reason in batch.bad]
@@ -325,8 +324,7 @@ def test_commands_run_only_where_the_config_allows_it(digits, tmp_path, local):
     loader = Loader(
         train_stream(config, index, (resize.Config(),), 16, 10, 5, Ranks(0, 1, 0, 1), 3), 0, torch.device("cpu")
     )
-    iterator = iter(loader)
-    images = torch.cat([next(iterator).images for _ in range(5)])
+    images = torch.cat([batch.images for batch in take(loader, 5)])
     loader.close()
     assert torch.equal(images, local[2][90:240])
 

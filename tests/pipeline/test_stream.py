@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tarfile
+import time
 
 import numpy as np
 import psutil
@@ -16,10 +17,11 @@ from PIL import Image
 
 from pipeline.data.augment import resize, shift
 from pipeline.data.index import load_index, write_index
-from pipeline.data.loader import DataConfig, Loader, evaluation_stream, train_stream
+from pipeline.data.loader import SLOTS, DataConfig, Loader, evaluation_stream, train_stream
 from pipeline.data.tar import scan_shard
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
+from tests.conftest import take
 
 POLICIES = (resize.Config(), shift.Config(pixels=2))
 CPU = torch.device("cpu")
@@ -33,8 +35,7 @@ def batches(folder, world_size, workers, count, start=0, **options):
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, rank, world_size)
         loader = Loader(train_stream(config, index, POLICIES, 16, 10, 7, ranks, start), workers, CPU)
-        iterator = iter(loader)
-        streams.append([next(iterator) for _ in range(count)])
+        streams.append(take(loader, count))
         loader.close()
     joined = []
     for parts in zip(*streams, strict=True):
@@ -83,7 +84,7 @@ def test_evaluation_counts_every_sample_once(digits, world_size, workers):
     for rank in range(world_size):
         stream = evaluation_stream(config, index, POLICIES[:1], 16, 10, Ranks(rank, world_size, rank, world_size))
         loader = Loader(stream, workers, CPU)
-        parts = list(loader)
+        parts = take(loader)
         loader.close()
         lengths.add(len(parts))
         keys += [key for p in parts for key, valid in zip(p.keys, p.valid.tolist(), strict=True) if valid]
@@ -104,21 +105,27 @@ def test_a_negative_seed_is_refused(digits):
         train_stream(config, load_index(config.train), POLICIES, 16, 10, -1, Ranks(0, 1, 0, 1), 0)
 
 
-def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(digits):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_keeps_its_images_until_the_next_but_one_is_asked_for(digits, workers):
     config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
-    loader = Loader(train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0), 0, CPU)
-    iterator = iter(loader)
-    first = next(iterator).images[3:5]  # a part holds it all
-    kept, content = first.untyped_storage().data_ptr(), first.clone()
-    second = next(iterator)
-    places = {kept, second.images.untyped_storage().data_ptr()}
-    assert len(places) == 2
-    del second
-    third = next(iterator)
-    assert third.images.untyped_storage().data_ptr() in places - {kept}
-    assert torch.equal(first, content)
-    del first
-    assert next(iterator).images.untyped_storage().data_ptr() == kept
+    stream = train_stream(config, load_index(config.train), POLICIES, 16, 10, 7, Ranks(0, 1, 0, 1), 0)
+    loader = Loader(stream, workers, CPU)
+    iterator, seen = iter(loader), set()
+    before = next(iterator)
+    for _ in range(3 * SLOTS):
+        content = before.images.clone()
+        batch = next(iterator)
+        time.sleep(0.01)  # the workers go on
+        assert torch.equal(before.images, content)
+        seen.add(batch.images.data_ptr())
+        before = batch
+    assert len(seen) == SLOTS
+    part = batch.images[3:5]  # of one that is held too long
+    batch = before = next(iterator)
+    with pytest.raises(AssertionError, match="held too long"):
+        next(iterator)
+    del part
+    loader.close()
 
 
 def worker_processes(loader):
@@ -175,7 +182,7 @@ def read_all(path):
     """One pass over a shard: its rows' keys, which of them are valid, and the bad ones."""
     config = DataConfig(val=(path,), workers=0)
     stream = evaluation_stream(config, load_index(config.val), POLICIES[:1], 16, 10, Ranks(0, 1, 0, 1))
-    parts = list(Loader(stream, 0, CPU))
+    parts = take(Loader(stream, 0, CPU))
     keys = [key for part in parts for key in part.keys]
     return keys, torch.cat([part.valid for part in parts]), [entry for part in parts for entry in part.bad]
 
