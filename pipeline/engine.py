@@ -187,12 +187,16 @@ class Engine:
         if state is not None:
             load_weights(model, state.weights)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        assert self.accelerator.gradient_accumulation_steps == self.plan.accumulation
+        self._hold_plan()
         self.slots = moment_names(self.torch_optimizer()) + ((EMA,) if ema_decay is not None else ())
         self._create_slots(0 if state is None else state.updates)
         if state is not None:
             self.load_slots(state)
         self.ema_decay = ema_decay
+
+    def _hold_plan(self) -> None:
+        """Our batch arithmetic is that of the library below."""
+        assert self.accelerator.gradient_accumulation_steps == self.plan.accumulation
 
     def warm_up(self, loss: Callable[[], Tensor]) -> None:
         """A forward and backward pass of which nothing stays, where later ones would else add up in another order.
@@ -434,14 +438,8 @@ class DeepSpeedEngine(Engine):
         """DeepSpeed's optimizer, around ours."""
         return self.model.optimizer
 
-    def prepare(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: TrainingState | None,
-        ema_decay: float | None = None,
-    ) -> None:
-        super().prepare(model, optimizer, state, ema_decay)
+    def _hold_plan(self) -> None:
+        super()._hold_plan()
         assert self.model.train_micro_batch_size_per_gpu() == self.plan.micro_batch
         assert self.model.gradient_accumulation_steps() == self.plan.accumulation
         assert self.model.train_batch_size() == self.plan.global_batch
