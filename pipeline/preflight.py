@@ -116,7 +116,8 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
     from pipeline.meeting import Meeting
 
     look = checks.look_at_process(ranks)
-    limit = TimeLimit(report, checks.place(look), timeout + 5)
+    # torch's store sleeps longer after each attempt to reach it, and overshoots its time by up to half.
+    limit = TimeLimit(report, checks.place(look), 1.5 * timeout + 5)
     try:
         with limit.phase("ranks", "a program other than rank 0 may answer at MASTER_PORT"):
             meeting = Meeting(ranks.rank, ranks.world_size, read_rendezvous(os.environ), timeout)

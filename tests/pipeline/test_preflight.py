@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_on_its_way_is_named_and_ends(digits, tmp_path):
     assert codes == [1, 1]
     host = socket.gethostname()
     assert f"missing after 6 s: rank 1 on beta of 2; arrived: {host}: rank 0;" in checks["storage"][0][1]
-    assert "rank 1 on beta: it hangs: no end within 11 s; check the storage of run.dir" in errors
+    assert "rank 1 on beta: it hangs: no end within 14 s; check the storage of run.dir" in errors
     assert not (tmp_path / "run").exists()
 
 
@@ -137,7 +137,7 @@ def test_a_port_that_another_program_has_is_named(digits, tmp_path):
         codes, checks, errors = job.start(0).start(1).end()
     assert codes == [1, 1]
     assert f"MASTER_PORT={port}: another program listens on this port; end it" in checks["ranks"][0][1]
-    assert f"rank 1 on {socket.gethostname()}: it hangs: no end within 11 s; a program other than rank 0" in errors
+    assert f"rank 1 on {socket.gethostname()}: it hangs: no end within 14 s; a program other than rank 0" in errors
 
 
 def test_a_missing_index_a_wrong_batch_a_silent_server_and_a_full_disk_are_found_together(digits, small_disk):
