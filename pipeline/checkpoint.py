@@ -63,6 +63,8 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failure: str | None = None  # of the last attempt
         self.clock = time.monotonic()
+        if engine.ranks.is_main:  # no rank saves before all have met in the first step
+            remove_leftovers(folder)
 
     def save(self, step: int, facts: dict[str, Any]) -> None:
         """Starts to write a checkpoint of `step` with these facts, which have the last `evaluation`.
@@ -167,10 +169,11 @@ def complete(partial: str, final: str, files: dict[str, Any], facts: dict[str, A
         os.rename(final, earlier)  # to remove it takes time, in which there would be none
     os.rename(partial, final)
     _sync(os.path.dirname(final))
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def prune(folder: str, config: CheckpointConfig) -> None:
-    """Removes what is neither among the newest, nor of a step to keep, nor the best, and what a killed save left."""
+    """Removes what is neither among the newest, nor of a step to keep, nor the best."""
     found = _folders(folder)
     kept = set(found[: config.keep_last])
     if config.keep_every_steps:
@@ -181,6 +184,10 @@ def prune(folder: str, config: CheckpointConfig) -> None:
     for path in found:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Removes what killed saves have left; while none is under way."""
     for name in os.listdir(folder):
         if name.startswith(".part-"):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)

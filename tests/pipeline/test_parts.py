@@ -272,10 +272,15 @@ def test_a_second_save_of_a_step_replaces_the_first_and_what_a_killed_one_left_g
     save(tmp_path, 1, 1.0)
     (tmp_path / ".part-00000001-earlier").mkdir()  # killed between the two
     (tmp_path / ".part-00000001-earlier/state.json").touch()
-    checkpoint.write_share(str(tmp_path / ".part-00000009"), state(9.0, "a"), 0, 1)
+    next_one = checkpoint.write_share(str(tmp_path / ".part-00000002"), state(2.0, "a"), 0, 1)
     save(tmp_path, 1, 2.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-00000002", "step-00000001"]
     assert checkpoint.load(str(tmp_path / "step-00000001")).updates == 2
+    # Another rank may have begun to write the next one already.
+    checkpoint.complete(f"{tmp_path}/.part-00000002", f"{tmp_path}/step-00000002", next_one, {"step": 2})
+    checkpoint.write_share(str(tmp_path / ".part-00000009"), state(9.0, "a"), 0, 1)
+    checkpoint.remove_leftovers(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_every_rank_writes_about_as_much():
