@@ -88,10 +88,11 @@ class Contender:
 
 def ours(run: Run, batch: Batch) -> Contender:
     trainer = run.trainer
+    trainer.vote.start(batch.valid_rows)
 
     def step(number: int) -> Tensor:
-        trainer.vote.start(batch.valid_rows)
         agreed = trainer.vote.finish()
+        trainer.vote.start(batch.valid_rows)  # on the step after: it arrives while this one computes
         return trainer.step(number, batch, agreed.valid_rows).metrics[0]["loss"] / len(batch)
 
     return Contender("ours", step)
