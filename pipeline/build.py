@@ -16,7 +16,7 @@ from pipeline.data.index import Index, expand_urls, load_index, read_classes
 from pipeline.data.loader import Loader, evaluation_stream, train_stream
 from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
-from pipeline.engine import Engine, EngineConfig, build_engine, plan_batch
+from pipeline.engine import BatchPlan, Engine, EngineConfig, plan_batch
 from pipeline.errors import PeerLost, UserError
 from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
@@ -26,9 +26,10 @@ from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
 from pipeline.runtime import Ranks, StopSignal, Vote, be_deterministic, read_rendezvous
 from pipeline.schedule import learning_rate
-from pipeline.trainer import Trainer
+from pipeline.trainer import Trainer, is_complete
 from pipeline.watchdog import Watchdog
 from pipeline.weights import fit_weights
+from pipeline.zero import ZeroEngine
 from vit.model import ViT, ViTConfig, training_flops
 
 
@@ -88,6 +89,10 @@ def find_train_index(config: RunConfig, ranks: Ranks) -> Index | None:
     return index
 
 
+def build_engine(config: EngineConfig, plan: BatchPlan, ranks: Ranks) -> Engine:
+    return (Engine if config.zero_stage is None else ZeroEngine)(config, plan, ranks)
+
+
 def build_model(config: ViTConfig, execution: EngineConfig, seed: int) -> ViT:
     """The model with its initial weights, the same on every rank."""
     with torch.device("meta"):
@@ -141,7 +146,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     run_dir.opened = True
     start_step, state, facts = restore(run_dir, engine, ranks)
     evaluation_due = facts.get("evaluation_due", False)
-    trains = start_step < total_steps or evaluation_due
+    writes = ranks.is_main and not is_complete(start_step, total_steps, evaluation_due)
     stream = train_stream(
         config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
         config.run.seed, ranks, start_step,
@@ -149,13 +154,13 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     train = Loader(stream, config.data.workers, engine.device)
     val, val_samples = build_evaluation(config, engine, ranks)
     devices = engine.device_names()
-    if ranks.is_main and trains:
+    if writes:
         run_dir.start(to_yaml(config), classes, devices, settings)
     compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer, config.schedule.peak_lr)
     engine.prepare(model, optimizer, state, config.optimizer.ema_decay)
     sinks = []
-    if ranks.is_main and trains:
+    if writes:
         sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]
         for sink in sinks:
             sink.text("config", to_yaml(config))

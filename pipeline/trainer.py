@@ -65,6 +65,11 @@ def due(step: int, every: int | None, total_steps: int) -> bool:
     return step == total_steps or (every is not None and step % every == 0)
 
 
+def is_complete(step: int, total_steps: int, evaluation_due: bool) -> bool:
+    """Whether nothing is left of a run that has done `step` steps."""
+    return step >= total_steps and not evaluation_due
+
+
 class BrokenOff(Exception):
     """An evaluation that a stop has ended."""
 
@@ -156,14 +161,14 @@ class Trainer:
         return ("finished" if self.complete else "saved"), step
 
     def _warm_up(self, batch: Batch) -> None:
-        micro = batch.split(self.engine.plan.micro_batch)[0]
-        inputs = normalised(micro, self.engine.input_dtype)
-        self.engine.model.train()
-        self.engine.warm_up(lambda: self.objective(self.engine.model, inputs)[0])
+        engine = self.engine
+        micro = batch.split(engine.plan.micro_batch)[0]
+        engine.model.train()
+        engine.warm_up(lambda: self.objective(engine.model, normalised(micro, engine.input_dtype))[0])
 
     @property
     def complete(self) -> bool:
-        return self.steps_done >= self.total_steps and not self.evaluation_due
+        return is_complete(self.steps_done, self.total_steps, self.evaluation_due)
 
     def step(self, step: int, batch: Batch, valid_rows: int) -> StepResult:
         """One optimizer step over this rank's rows of global batch `step`, of which `valid_rows` count on all ranks."""

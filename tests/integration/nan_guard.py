@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from pipeline.engine import EngineConfig, build_engine, plan_batch
+from pipeline.build import build_engine
+from pipeline.engine import EngineConfig, plan_batch
 from pipeline.optimizer import OptimizerConfig, build_optimizer
 from pipeline.runtime import Ranks, export_ranks, read_ranks
 from vit.model import ViT, ViTConfig

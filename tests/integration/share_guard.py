@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from pipeline.engine import EngineConfig, build_engine, plan_batch
+from pipeline.build import build_engine
+from pipeline.engine import EngineConfig, plan_batch
 from pipeline.optimizer import OptimizerConfig, build_optimizer
 from pipeline.runtime import export_ranks, read_ranks
 from vit.model import ViT, ViTConfig

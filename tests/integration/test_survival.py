@@ -248,7 +248,7 @@ def stop_again_and_again(digits, folder, seed):
     return chain.finish()
 
 
-@pytest.mark.survival
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("steps", [3, 5])
 def test_a_long_evaluation_is_broken_off_and_made_up_for(digits, tmp_path, steps):
