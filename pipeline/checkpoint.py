@@ -60,6 +60,7 @@ class Saver:
         self.config, self.folder, self.engine, self.facts = config, folder, engine, facts
         # A group of its own: the writing threads meet while training goes on.
         self.group = dist.new_group(backend="gloo") if engine.ranks.world_size > 1 else None
+        self.memory: dict[tuple[str | None, str], Tensor] = {}  # for the host copy
         self.thread: threading.Thread | None = None
         self.failure: str | None = None  # of the last attempt
         self.clock = time.monotonic()
@@ -74,7 +75,7 @@ class Saver:
         self.wait()
         self.clock = time.monotonic()
         ranks = self.engine.ranks
-        state = self.engine.state()
+        state = self.engine.state(self.memory)
         counters = {"step": step, "updates": state.updates, "loss_scale": state.loss_scale}
         facts = {**counters, **facts, **self.facts}
         self.thread = threading.Thread(target=self._write, args=(step, state, facts), name=f"save-{ranks.rank}")

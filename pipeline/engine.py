@@ -246,15 +246,21 @@ class Engine:
         self.optimizer.zero_grad()
         return norm
 
-    def state(self) -> TrainingState:
-        """A host copy of this rank's part of the state, without a word to other ranks: `whole` makes it a share."""
+    def state(self, memory: dict[tuple[str | None, str], Tensor] | None = None) -> TrainingState:
+        """A host copy of this rank's part of the state, without a word to other ranks: `whole` makes it a share.
+
+        `memory` keeps the copies' memory for the next call, which writes them anew: new pages cost more than the copy.
+        """
+        memory = {} if memory is None else memory
         weights, moments = {}, {key: {} for key in self.slots}  # type: ignore[var-annotated]
         mine = set(share_of(self.sizes(), self.ranks.rank, self.ranks.world_size))
         for name, parameter in self.module.named_parameters():
             for key, kept in ((None, weights), *moments.items()):
                 value = self.part(parameter, key, name in mine)
                 if value is not None:
-                    kept[name] = value.detach().to("cpu", torch.float32, copy=True)
+                    if (key, name) not in memory:
+                        memory[key, name] = torch.empty(value.shape, dtype=torch.float32, pin_memory=value.is_cuda)
+                    kept[name] = memory[key, name].copy_(value.detach())
         return TrainingState(weights, moments, self.updates(), self.loss_scale())
 
     def averaged_weights(self) -> dict[str, Tensor]:
