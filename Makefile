@@ -32,7 +32,7 @@ test-container:  ## docker/Dockerfile: build, run and test it; needs docker, pod
 
 test-cluster: $(INSTALLED)  ## jobs on a real Slurm cluster on this machine, and torchrun on two hosts (best as root)
 	tests/cluster/install.sh
-	$(PYTEST) -m cluster || $(PYTEST) -m cluster --last-failed  # nodes that die have bad moments: tried once more
+	$(PYTEST) -m cluster
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
