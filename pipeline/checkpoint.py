@@ -143,6 +143,8 @@ def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -
         name = f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
         path = os.path.join(folder, name)
         save_file(tensors, path)
+        # safetensors lets the owner alone read; who may read the run directory may read its checkpoints.
+        os.chmod(path, os.stat(folder).st_mode & 0o666)
         _sync(path)
         files[name] = _facts(path)
     return files

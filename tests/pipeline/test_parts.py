@@ -252,6 +252,15 @@ def test_the_newest_whole_checkpoint_is_found_and_read(tmp_path):
     assert loaded.updates == 3
 
 
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
+def test_who_may_read_the_run_directory_may_read_its_checkpoints(tmp_path, folder_mode, file_mode):
+    part = tmp_path / ".part-00000001"
+    part.mkdir()
+    part.chmod(folder_mode)
+    checkpoint.write_share(str(part), state(1.0, "a"), 0, 1)
+    assert {path.stat().st_mode & 0o777 for path in part.iterdir()} == {file_mode}
+
+
 def test_a_part_that_went_to_another_disk_makes_no_checkpoint(tmp_path):
     save(tmp_path, 1, 1.0)
     known = checkpoint.write_share(str(tmp_path / "elsewhere"), state(2.0, "b"), 1, 2)
