@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 HANG_SECONDS = 5.0  # of the watchdog, when a rank is stopped; more where steps are slow
 PATIENCE_SECONDS = 600.0  # for a start, or for a job's end
+EXPLAIN_SECONDS = PATIENCE_SECONDS / 2  # a job that hangs by itself says where before it is given up
 FULL_DISK_BYTES = 1024  # of a file; less would fail the semaphores that processes share, too
 TOLERANCE = {"no": 1e-4, "bf16": 3e-2, "fp16": 3e-2}  # with another number of ranks, whose sums have another order
 
@@ -88,7 +89,7 @@ class Drill:
         count = sum(entry.startswith("output-") for entry in os.listdir(os.path.join(self.folder, name)))
         own = ["run.deterministic=true", *self.overrides, "run.epochs=null", f"run.steps={self.steps}"]
         own += ["run.log_every_steps=1", "data.log_samples=true", f"checkpoint.every_steps={self.every}"]
-        own += [f"run.dir={self.run_dir(name)}", *words]
+        own += [f"run.dir={self.run_dir(name)}", f"health.hang_seconds={EXPLAIN_SECONDS:g}", *words]
         output = os.path.join(self.folder, name, f"output-{count + 1:03d}.txt")
         job = Job(["--config", self.path, *own], ranks or self.ranks, output, environ)
         self.jobs.append(job)
