@@ -297,14 +297,18 @@ class Runner:
         return result
 
     def cpu_seconds(self) -> float:
-        """Of this process and the workers."""
-        times = [worker.cpu_times() for worker in self.workers]
-        return time.process_time() + sum(t.user + t.system for t in times)
+        """Of this process and the workers, by their own clocks: /proc counts in hundredths of a second."""
+        return time.process_time() + sum(time.clock_gettime(cpu_clock(worker.pid)) for worker in self.workers)
 
     def close(self) -> None:
         for worker in self.workers:
             worker.resume()
         self.batches.close()  # type: ignore[attr-defined]
+
+
+def cpu_clock(pid: int) -> int:
+    """The clock of a process's CPU time, as clock_getcpuclockid(3) names it on Linux."""
+    return (~pid << 3) | 2
 
 
 RATIOS = (
