@@ -127,7 +127,7 @@ def once(rows: np.ndarray, index: Index, plan: Plan, first_row: int) -> Finding:
 def mixing(batches: list[np.ndarray], index: Index, source: Source, plan: Plan, config: RunConfig) -> Finding:
     """The labels' chi-squared against its distribution over true shuffles of the same rows."""
     name = "labels mixed as in a shuffle"
-    labels_of = [load_records(shard, source)["label"] for shard in index.shards]
+    labels_of = [load_records(shard, source.read)["label"] for shard in index.shards]
     labels = np.stack([np.array([labels_of[shard][number] for _, shard, number, _ in rows]) for rows in batches])
     shards = np.mean([len(np.unique(rows[:, 1])) for rows in batches])
     classes, counts = np.unique(labels, return_inverse=True)
@@ -162,7 +162,7 @@ def mixing(batches: list[np.ndarray], index: Index, source: Source, plan: Plan, 
 
 
 def traffic(resolver: Resolver, batches: list[np.ndarray], index: Index, source: Source) -> Finding:
-    sizes = [load_records(shard, source)["nbytes"].astype(np.int64) for shard in index.shards]
+    sizes = [load_records(shard, source.read)["nbytes"].astype(np.int64) for shard in index.shards]
     fetched = sum(int(sizes[shard][begin:end].sum()) for shard, begin, end in resolver.fetched)
     used = sum(int(sizes[shard][number]) for rows in batches for _, shard, number, copy in rows if copy == 0)
     # Windows that the last step has entered are read whole.

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from pipeline.data.source import ReadConfig, Source, is_http, is_local, is_pipe
+from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe
 from pipeline.data.tar import RECORD, UNLABELLED, scan_shard
 from pipeline.errors import UserError
 
@@ -298,11 +298,12 @@ def _read_all(path: str, source: Source) -> bytes:
         return file.read()
 
 
-def load_records(shard: Shard, source: Source | None = None, begin: int = 0, end: int | None = None) -> np.ndarray:
-    """The records of one shard's samples, or of `begin` to `end` of them."""
+def load_records(shard: Shard, read: Read | None = None, begin: int = 0, end: int | None = None) -> np.ndarray:
+    """The records of one shard's samples, or of `begin` to `end` of them, read by `read`."""
     first = shard.first_record + begin
     count = (shard.samples if end is None else end) - begin
-    data = (source or Source()).read(f"{shard.index}/index.bin", first * RECORD.itemsize, count * RECORD.itemsize)
+    read = read or Source().read
+    data = read(f"{shard.index}/index.bin", first * RECORD.itemsize, count * RECORD.itemsize)
     return np.frombuffer(data, dtype=RECORD)
 
 

@@ -218,12 +218,15 @@ class Reader(IterableDataset):
             pixels = ring[slot, first : first + count]  # (rows, S, S, 3)
             labels, valid = np.zeros(count, np.int64), np.zeros(count, np.bool_)
             keys, bad = [""] * count, []
-            for number, row in enumerate(plan.rows(lanes, step)):
-                found = samples.get(row.lane, row.position, last=row.copy == plan.repeats - 1)
+            rows = list(plan.rows(lanes, step))
+            # All are taken before the first is decoded: reading and parsing in a row have the processor's caches.
+            taken = [samples.get(row.lane, row.position, last=row.copy == plan.repeats - 1) for row in rows]
+            for number, (row, found) in enumerate(zip(rows, taken, strict=True)):
                 if found is not None:
                     sample, epoch = found
                     keys[number] = sample.where
                     if decoded[0] != (row.lane, row.position):
+                        decoded = None, None  # its memory is used again at once
                         decoded = (row.lane, row.position), self._decoded(sample)
                     if decoded[1] is not None:
                         pixels[number] = self._augmented(decoded[1], sample, epoch, row.copy)

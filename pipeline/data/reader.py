@@ -1,8 +1,8 @@
 """From lanes to samples: what one worker reads, a window of samples at a time, ahead of what it decodes."""
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from threading import Lock
@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data.index import INDEX_COMMAND, Index, Shard, load_records
 from pipeline.data.order import RESAMPLE, WINDOW, Order, Piece, Window, random_order
-from pipeline.data.source import Source
+from pipeline.data.source import Data, Read, Source
 from pipeline.data.tar import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
@@ -60,18 +60,22 @@ def to_sample(members: dict[str, Any], url: str, key: tuple[int, int], num_class
     return sample
 
 
-Fetched = tuple[Piece, Shard, np.ndarray, bytes | UserError]  # a part of a window: its records, and its bytes
+Fetched = tuple[Piece, Shard, np.ndarray, Data | UserError]  # a part of a window: its records, and its bytes
 
 
 class OrderedSamples:
-    """Samples by lane and position, as the order has them. Threads read each lane's next window ahead."""
+    """Samples by lane and position, as the order has them. Each lane's next window is read ahead.
+
+    What lies in the system's memory is read at once: handing it to a thread, and waiting for the interpreter until it
+    comes back, takes longer than the copy. For all else there are threads.
+    """
 
     def __init__(self, index: Index, order: Order, source: Source, num_classes: int):
         self.index, self.order, self.source, self.num_classes = index, order, source, num_classes
         self.threads = ThreadPoolExecutor(source.limits.threads, thread_name_prefix="read")
         # By lane: the window's first position, its samples in the order in which they are used, its epoch.
         self.windows: dict[int, tuple[int, list[Sample | None], int]] = {}
-        self.ahead: dict[int, tuple[int, Future]] = {}
+        self.ahead: dict[int, tuple[int, Callable[[], list[Fetched]]]] = {}
         self.blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self.lock = Lock()
 
@@ -80,7 +84,7 @@ class OrderedSamples:
         place = self.order.locate(lane, position)
         if place is not None:
             window, slot = place
-            self.ahead[lane] = position - slot, self.threads.submit(self._fetch, window)
+            self.ahead[lane] = position - slot, self._begin(window)
 
     def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int] | None:
         """The sample and its epoch, or None where the lane has ended. With `last` its bytes are not kept."""
@@ -94,7 +98,7 @@ class OrderedSamples:
             self.windows.pop(lane, None)
             if lane not in self.ahead or self.ahead[lane][0] != first:
                 self.expect(lane, position)
-            samples = self._parse_window(window, self.ahead.pop(lane)[1].result())
+            samples = self._parse_window(window, self.ahead.pop(lane)[1]())
             self.windows[lane] = first, samples, epoch
         slot = position - first
         if 2 * slot >= len(samples) and lane not in self.ahead:
@@ -109,19 +113,26 @@ class OrderedSamples:
         self.threads.shutdown(cancel_futures=True)
         self.source.close()
 
-    def _fetch(self, window: Window) -> list[Fetched]:
-        """A thread's part of the work: only what waits. Python beside the decoding would wait for the interpreter."""
-        return [self._fetch_piece(piece) for piece in self.order.pieces(window)]
+    def _begin(self, window: Window) -> Callable[[], list[Fetched]]:
+        try:
+            fetched = self._fetch(window, self.source.read_cached)
+        except BlockingIOError:
+            return self.threads.submit(self._fetch, window, self.source.read).result
+        return lambda: fetched
 
-    def _fetch_piece(self, piece: Piece) -> Fetched:
+    def _fetch(self, window: Window, read: Read) -> list[Fetched]:
+        """A thread's part of the work: only what waits. Python beside the decoding would wait for the interpreter."""
+        return [self._fetch_piece(piece, read) for piece in self.order.pieces(window)]
+
+    def _fetch_piece(self, piece: Piece, read: Read) -> Fetched:
         shard = self.index.shard(piece.shard)
-        rows = self._records(piece.shard, shard, piece.begin, piece.end)
+        rows = self._records(piece.shard, shard, piece.begin, piece.end, read)
         start = int(rows["offset"][0])
         nbytes = int(rows["offset"][-1]) + int(rows["nbytes"][-1]) - start
         if not rows["nbytes"].all():
             return piece, shard, rows, b""
         try:
-            return piece, shard, rows, self.source.read(shard.url, start, nbytes)
+            return piece, shard, rows, read(shard.url, start, nbytes)
         except UserError as error:
             return piece, shard, rows, error
 
@@ -130,7 +141,7 @@ class OrderedSamples:
         line = [sample for piece in fetched for sample in self._parse_piece(*piece)]
         return [line[place] for place in self.order.shuffled(window)]
 
-    def _parse_piece(self, piece: Piece, shard: Shard, rows: np.ndarray, data: bytes | UserError) -> list[Sample]:
+    def _parse_piece(self, piece: Piece, shard: Shard, rows: np.ndarray, data: Data | UserError) -> list[Sample]:
         keys = [(piece.shard, number) for number in range(piece.begin, piece.end)]
         if isinstance(data, UserError):
             return [self._bad(shard, row, key, str(data)) for row, key in zip(rows, keys, strict=True)]
@@ -152,7 +163,7 @@ class OrderedSamples:
         message = f"damaged at byte {row['offset']}: not the indexed sample; run: python -m pipeline.shards verify"
         return self._bad(shard, row, key, f"{message} {shard.url} (or, if it was changed on purpose, {INDEX_COMMAND})")
 
-    def _parse(self, data: bytes, url: str) -> list[dict[str, Any]]:
+    def _parse(self, data: Data, url: str) -> list[dict[str, Any]]:
         try:
             return list(parse_tar(data, url))
         except Exception:  # whatever a tar reader makes of damaged bytes
@@ -162,14 +173,14 @@ class OrderedSamples:
         where = f"{shard.url}: sample {key[1]} of {shard.samples}"
         return Sample(where, key, bad=reason.removeprefix(f"{shard.url}: "))
 
-    def _records(self, number: int, shard: Shard, begin: int, end: int) -> np.ndarray:
+    def _records(self, number: int, shard: Shard, begin: int, end: int, read: Read) -> np.ndarray:
         """Records `begin` to `end`, by way of a small cache of blocks: a shard may have millions."""
         parts = []
         for block in range(begin // BLOCK, (end - 1) // BLOCK + 1):
             with self.lock:
                 found = self.blocks.get((number, block))
             if found is None:
-                found = load_records(shard, self.source, block * BLOCK, min((block + 1) * BLOCK, shard.samples))
+                found = load_records(shard, read, block * BLOCK, min((block + 1) * BLOCK, shard.samples))
                 with self.lock:
                     self.blocks[number, block] = found
                     if len(self.blocks) > CACHED_BLOCKS:
@@ -191,12 +202,15 @@ class ResampledSamples:
         # Streams have numbers far apart, so that no two draws of a shard are augmented alike.
         self.first = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
         self.samples = self._shuffled()
+        self.copied: Sample | None = None  # of which more copies are to come
 
     def expect(self, lane: int, position: int) -> None:
         """Nothing can be said in advance."""
 
     def get(self, lane: int, position: int, last: bool = True) -> tuple[Sample, int]:
-        return next(self.samples), 0
+        sample = self.copied or next(self.samples)
+        self.copied = None if last else sample
+        return sample, 0
 
     def close(self) -> None:
         self.samples.close()

@@ -22,6 +22,8 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.options import option
 
+Data = bytes | bytearray
+Read = Callable[[str, int, int], Data]  # one of Source's ways to read: url, first byte, number of bytes
 CHUNK = 1 << 16
 REMOTE_PIECE = 8 << 20  # what one request of an object store brings; a failure repeats no more than that
 
@@ -106,6 +108,28 @@ class Source:
         end = time.monotonic() + self.limits.deadline_seconds
         with self._shown(f"{url} from byte {start}"):
             return self._try(url, go_on, lambda: start + len(data))
+
+    def read_cached(self, url: str, start: int, nbytes: int) -> Data:
+        """Exactly these bytes of a local file, without waiting for a disk.
+
+        Raises:
+            BlockingIOError: they are not all in the system's memory, or it can't tell: `read` has to fetch them.
+        """
+        if not is_local(url) or not hasattr(os, "RWF_NOWAIT"):
+            raise BlockingIOError
+        data = bytearray(nbytes)
+        with self._shown(f"{url} from byte {start}"):  # a network's file system may wait for its server
+            try:
+                file = os.open(url, os.O_RDONLY)
+                try:
+                    found = os.preadv(file, [data], start, os.RWF_NOWAIT)
+                finally:
+                    os.close(file)
+            except OSError:  # also a file system that does not know the flag; `read` says what is wrong, if anything is
+                raise BlockingIOError from None
+        if found < nbytes:
+            raise BlockingIOError
+        return data
 
     def stream(self, url: str) -> Iterator[bytes]:
         """The whole file from its beginning, of unknown length, in one pass."""

@@ -5,16 +5,16 @@ Members whose names agree up to the first dot of the file name are one sample: `
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 import numpy as np
 
-from pipeline.data.source import ReadConfig, Source, is_local, is_pipe
+from pipeline.data.source import Data, ReadConfig, Source, is_local, is_pipe
 from pipeline.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -26,13 +26,13 @@ MAX_SAMPLE_BYTES = 1 << 28  # a larger sample is not read: it is a bad one
 UNLABELLED = -1
 
 
-def parse_tar(data: bytes, url: str) -> Iterator[dict[str, Any]]:
+def parse_tar(data: Data, url: str) -> Iterator[dict[str, Any]]:
     """Samples of a run of whole tar members, by webdataset's own conventions: {"__key__": ..., "png": bytes, ...}."""
     samples = plain_samples(data)
     return parse_stream(io.BytesIO(data), url) if samples is None else iter(samples)
 
 
-def plain_samples(data: bytes) -> list[dict[str, Any]] | None:
+def plain_samples(data: Data) -> list[dict[str, Any]] | None:
     """The samples of a run of plain ustar files, as webdataset's writer makes them; None where anything else is there.
 
     Their members are views of `data`. webdataset's own stages take 80 us a sample for the same (150 with times in pax
@@ -81,8 +81,10 @@ def sample_digest(sample: dict[str, Any]) -> int:
 
 
 def digest_of(key: str, sizes: dict[str, int]) -> int:
-    facts = [key, sorted(sizes.items())]
-    return int.from_bytes(hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).digest(), "little")
+    # As json.dumps writes [key, [[name, size], ...]], in a third of its time.
+    members = ", ".join([f"[{quoted(name)}, {size}]" for name, size in sorted(sizes.items())])
+    facts = f"[{quoted(key)}, [{members}]]"
+    return int.from_bytes(hashlib.blake2b(facts.encode(), digest_size=8).digest(), "little")
 
 
 def label_of(sample: dict[str, Any], where: str) -> int:
@@ -93,9 +95,10 @@ def label_of(sample: dict[str, Any], where: str) -> int:
     """
     if "cls" not in sample:
         raise UserError(f"{where}: no label; expected a member cls with the class as a whole number")
-    text = bytes(sample["cls"]).decode(errors="replace").strip()
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise UserError(f"{where}: the member cls holds {text[:40]!r}, expected the class as a whole number")
+    text = bytes(sample["cls"]).strip()
+    if not text.isdigit() or len(text) > 9:
+        found = text[:40].decode(errors="replace")
+        raise UserError(f"{where}: the member cls holds {found!r}, expected the class as a whole number")
     return int(text)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.data.augment import resize, shift
 from pipeline.data.index import load_index, write_index
 from pipeline.data.loader import SLOTS, DataConfig, Loader, evaluation_stream, train_stream
+from pipeline.data.source import Source
 from pipeline.data.tar import scan_shard
 from pipeline.errors import UserError
 from pipeline.runtime import Ranks
@@ -126,6 +127,67 @@ def test_a_batch_keeps_its_images_until_the_next_but_one_is_asked_for(digits, wo
         next(iterator)
     del part
     loader.close()
+
+
+def evict(path):
+    """Takes a file out of the system's memory; skips the test where that can't be done or seen."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        for _ in range(100):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                os.preadv(file.fileno(), [bytearray(100)], 0, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                break
+            time.sleep(0.02)
+    pytest.skip("this file system does not say what is in memory")
+
+
+def test_only_what_the_system_has_in_memory_is_read_at_once(tmp_path):
+    path, content, source = tmp_path / "x.bin", os.urandom(300_000), Source()
+    path.write_bytes(content)
+    evict(path)
+    with pytest.raises(BlockingIOError):
+        source.read_cached(str(path), 1000, 200_000)
+    assert source.read(str(path), 1000, 200_000) == content[1000:201_000]
+    assert source.read_cached(str(path), 1000, 200_000) == content[1000:201_000]
+
+
+@pytest.mark.parametrize("url", ["missing.tar", "http://127.0.0.1:9/x.tar", "pipe:cat x.tar"])
+def test_nothing_else_is_read_at_once(url, tmp_path):
+    with pytest.raises(BlockingIOError):
+        Source().read_cached(url if ":" in url else str(tmp_path / url), 0, 10)
+    short = tmp_path / "short.tar"
+    short.write_bytes(bytes(100))
+    with pytest.raises(BlockingIOError):
+        Source().read_cached(str(short), 50, 100)
+
+
+def test_threads_give_the_stream_that_the_cache_gives(digits, monkeypatch):
+    expected, reads = batches(digits, 1, 0, 8), []
+    monkeypatch.setattr(Source, "read_cached", lambda *place: reads.append(place) or raise_blocking())
+    for (keys, images), (expected_keys, expected_images) in zip(batches(digits, 1, 0, 8), expected, strict=True):
+        assert keys == expected_keys
+        assert torch.equal(images, expected_images)
+    assert reads
+
+
+def raise_blocking():
+    raise BlockingIOError
+
+
+def test_the_copies_of_a_drawn_sample_have_its_label(digits):
+    """Shards that are drawn with replacement, each sample twice: pixels and label are of the same sample."""
+    config = DataConfig(
+        train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24, repeats=2, resampled=True, shuffle_pool=480
+    )
+    loader = Loader(train_stream(config, None, POLICIES[:1], 16, 10, 7, Ranks(0, 1, 0, 1), 0), 0, CPU)
+    for batch in take(loader, 10):
+        assert torch.equal(batch.images[0::2], batch.images[1::2])
+        assert torch.equal(batch.labels[0::2], batch.labels[1::2])
+        assert batch.keys[0::2] == batch.keys[1::2]
 
 
 def worker_processes(loader):

@@ -1,7 +1,9 @@
 """Tars written by others: every dialect gives what webdataset itself reads of it."""
 
+import hashlib
 import io
 import itertools
+import json
 import tarfile
 
 import pytest
@@ -12,7 +14,8 @@ from pipeline.data.index import load_index, load_records, write_index
 from pipeline.data.order import Order
 from pipeline.data.reader import OrderedSamples
 from pipeline.data.source import Source
-from pipeline.data.tar import PLAIN_NAME, parse_stream, parse_tar, plain_samples
+from pipeline.data.tar import PLAIN_NAME, digest_of, label_of, parse_stream, parse_tar, plain_samples
+from pipeline.errors import UserError
 
 NAMES = ["a/b/0001", "0002", "n01440764/x-3", "d" * 120 + "/long", "späß", "with space", "v1.0/dots.in.folder/4"]
 
@@ -111,3 +114,20 @@ def test_names_are_cut_as_webdataset_cuts_them():
             assert (found[1].decode(), found[2].decode()) == base_plus_ext(name)
             assert not name.startswith("__")
     assert PLAIN_NAME.match(b"n01/a.seg.png\0").groups() == (b"n01/a", b"seg.png")
+
+
+@pytest.mark.parametrize("key", [*NAMES, 'quo"te\\back', "\udcff", "line\n"])
+def test_the_digest_is_that_of_json(key):
+    """Indexes that were written before hold: the faster text is the one that json.dumps writes."""
+    for sizes in ({}, {"cls": 3}, {"jpg": 110_000, "cls": 1, "späß": 0}):
+        facts = json.dumps([key, sorted(sizes.items())]).encode()
+        expected = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little")
+        assert digest_of(key, sizes) == expected
+
+
+def test_a_label_is_a_whole_number():
+    assert label_of({"cls": b" 17\n"}, "x") == 17
+    assert label_of({"cls": memoryview(b"000")}, "x") == 0
+    for wrong in (b"", b"-1", b"1.0", b"seven", b"\xff", b"1 2", b"1234567890", "٣".encode()):
+        with pytest.raises(UserError, match=r"x: the member cls holds .*, expected the class as a whole number"):
+            label_of({"cls": wrong}, "x")
