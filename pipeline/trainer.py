@@ -120,6 +120,8 @@ class Trainer:
         """
         sums, saved = Sums(self.engine), self.start_step
         step = self.start_step
+        for loader in self._loaders():  # before threads save, watch and tell
+            loader.start()
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
         if step < self.total_steps:
@@ -329,9 +331,11 @@ class Trainer:
         self.ledger.flush()
         self.saver.wait(CLOSE_SECONDS if failed else None)
         self._show("close")
-        for loader in (self.train, self.val):
-            if loader is not None:
-                loader.close()
+        for loader in self._loaders():
+            loader.close()
+
+    def _loaders(self) -> list[Loader]:
+        return [loader for loader in (self.train, self.val) if loader is not None]
 
 
 def normalised(batch: Batch, dtype: torch.dtype) -> Batch:

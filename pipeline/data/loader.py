@@ -284,12 +284,23 @@ class Loader:
             persistent_workers=self.workers > 0,
             prefetch_factor=PREFETCH if self.workers else None,
             worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if self.workers else None,  # neither plan nor shared memory is copied
         )
+        self.started: Any = None
+
+    def start(self) -> None:
+        """Starts the workers, which read the first batches ahead; the first iteration would do it otherwise.
+
+        To be called while no other thread is at work: a forked process has the locks that they hold, for ever.
+        """
+        self.started = iter(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Part] = []
         given: list[weakref.ref] = []  # the images of the last HELD batches
-        for part in self.loader:
+        read = iter(self.loader) if self.started is None else self.started
+        self.started = None
+        for part in read:
             if isinstance(part, UserError):
                 raise part
             parts.append(part)

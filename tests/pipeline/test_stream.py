@@ -94,6 +94,18 @@ def test_evaluation_counts_every_sample_once(digits, world_size, workers):
     assert len(set(keys)) == 360
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_that_are_started_beforehand_give_every_pass_whole(digits, workers):
+    config = DataConfig(val=(f"{digits}/val-{{000..001}}.tar",), workers=workers, val_batch_size=50)
+    stream = evaluation_stream(config, load_index(config.val), POLICIES[:1], 16, 10, Ranks(0, 1, 0, 1))
+    loader = Loader(stream, workers, CPU)
+    loader.start()
+    first, second = take(loader), take(loader)
+    loader.close()
+    assert sum(batch.valid_rows for batch in first) == 360
+    assert [batch.keys for batch in first] == [batch.keys for batch in second]
+
+
 def test_a_world_size_that_does_not_divide_the_lanes_is_refused_with_the_nearest(digits):
     config = DataConfig(train=(f"{digits}/train-{{000..003}}.tar",), global_batch_size=24)
     with pytest.raises(UserError, match=r"5 ranks do not divide 24 lanes.*nearest.*: 4, 6"):

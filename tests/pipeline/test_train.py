@@ -45,6 +45,17 @@ def test_a_short_run_leaves_what_the_readme_promises(digits, tmp_path):
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 361
 
 
+def test_workers_are_forked_before_the_threads_of_training(digits, tmp_path):
+    """A forked process has the locks that other threads hold, for ever: the workers of evaluation are no exception."""
+    words = [*SHORT, *data(digits), f"run.dir={tmp_path}", "checkpoint.every_steps=1", "run.evaluate_every_steps=2"]
+    code, output = train(*words, script="tests/pipeline/forks.py")
+    assert code == 0, output
+    forks = json.loads(output.rpartition("threads at forks: ")[2])
+    assert len(forks) == 2, "one worker reads for training, one for evaluation"
+    threads = {name for names in forks for name in names}
+    assert not [name for name in threads if name.startswith(("save", "watchdog"))], threads
+
+
 def wait_for_steps(run, steps):
     end = time.time() + 120
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("grad_norm") < steps:
