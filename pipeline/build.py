@@ -175,7 +175,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         config.health, engine, detector, Lines(run_dir.file("health.jsonl")), dict(saved["counts"]), devices
     )
     watchdog = Watchdog(
-        config.health.hang_seconds, ranks, read_rendezvous(os.environ), run_dir.path, train.reading,
+        config.health.hang_seconds, ranks, read_rendezvous(os.environ), run_dir.path,
+        reading=lambda: trainer.reading(),
         on_hang=lambda message: run_dir.end("failed", trainer.steps_done, message),
     )  # fmt: skip
     trainer = Trainer(

@@ -6,6 +6,7 @@ Imports torch only where it is used, so that signals are caught from the first m
 import contextlib
 import copy
 import datetime
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -252,10 +253,14 @@ class StopSignal:
         self.name, self.came = name, when
 
 
-def ignore_signals() -> None:
-    """For data workers: the group's signal must not kill them before their rank has saved."""
+SHOW_STACKS = signal.SIGUSR2  # a data worker writes the stacks of its threads to the job's log
+
+
+def settle_signals() -> None:
+    """For data workers: the group's signal must not kill them before their rank has saved, and a hang is explained."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(SHOW_STACKS, file=2)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ class Trainer:
 
     def _evaluated(self, step: int, model: nn.Module, name: str) -> dict[str, float]:
         assert self.val is not None
+        self.watchdog.beat("evaluate", step)
         model.eval()
         sums, bad = Sums(self.engine), []
         vote = self.vote.between_steps()
@@ -333,6 +334,10 @@ class Trainer:
         self._show("close")
         for loader in self._loaders():
             loader.close()
+
+    def reading(self) -> list[str]:
+        """What this rank's workers are reading at this moment."""
+        return [text for loader in self._loaders() for text in loader.reading()]
 
     def _loaders(self) -> list[Loader]:
         return [loader for loader in (self.train, self.val) if loader is not None]

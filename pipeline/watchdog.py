@@ -12,10 +12,11 @@ from typing import Any
 
 from pipeline.errors import PeerLost, UserError
 from pipeline.meeting import Meeting
-from pipeline.runtime import Ranks, Rendezvous
+from pipeline.runtime import SHOW_STACKS, Ranks, Rendezvous
 
 EXIT_HANG = 3
 MEETING_SECONDS = 10.0  # for finding the store
+STACKS_SECONDS = 0.2  # for a worker to write where it is
 NAMED_RANKS = 8  # that a message names
 PHASES = ("vote", "data", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
 
@@ -126,7 +127,14 @@ class Watchdog:
             faulthandler.dump_traceback(file=file, all_threads=True)
         with contextlib.suppress(Exception):
             self.on_hang(message)
-        for worker in multiprocessing.active_children():  # one that hangs would outlive its rank
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            print(f"stacks of data worker {worker.pid}:", file=sys.stderr, flush=True)
+            assert worker.pid is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, SHOW_STACKS)
+            time.sleep(STACKS_SECONDS)
+        for worker in workers:  # one that hangs would outlive its rank
             worker.kill()
         os._exit(EXIT_HANG)
 

@@ -24,7 +24,7 @@ from pipeline.data.reader import OrderedSamples, ResampledSamples, Sample
 from pipeline.data.source import ReadConfig, Source, read_board
 from pipeline.errors import UserError
 from pipeline.options import option
-from pipeline.runtime import Ranks, ignore_signals
+from pipeline.runtime import Ranks, settle_signals
 
 BOARD_BYTES = 512
 PREFETCH = 4  # batches that the workers have under way
@@ -338,7 +338,7 @@ class Loader:
 
 
 def _start_worker(worker: int) -> None:
-    ignore_signals()
+    settle_signals()
     torch.set_num_threads(1)
     keep_freed_memory()
 

@@ -13,6 +13,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.health import HealthConfig, SpikeDetector
 from tests.conftest import ROOT, SMALL, data, environment, start, train
+from tests.pipeline.test_faults import Server
 
 SHORT = [*SMALL, "run.log_every_steps=4", "checkpoint.every_steps=8", "schedule.warmup_steps=0"]
 
@@ -132,6 +133,21 @@ def test_a_hang_is_explained_with_phase_and_stacks_and_ends_the_process(digits, 
     ended = json.loads((tmp_path / "run/exit.json").read_text())
     assert ended["status"] == "failed"
     assert "got nowhere" in ended["reason"]
+
+
+def test_a_hang_in_evaluation_names_the_shard_and_shows_where_the_worker_is(digits, tmp_path):
+    server = Server(digits)
+    server.faults = {f"val-00{number}.tar": ["always", "hang"] for number in range(2)}
+    words = [*SMALL, data(digits)[0], f"data.val={server.url}/val-{{000..001}}.tar", "data.workers=1", "run.steps=3"]
+    words += ["health.hang_seconds=3", "data.read.timeout_seconds=100", f"run.dir={tmp_path / 'run'}"]
+    code, output = train(*words)
+    server.shutdown()
+    server.server_close()
+    assert code == 3, output
+    assert re.search(r"got nowhere for 3 s in phase 'evaluate' of step 4, reading http://\S+/val-000.tar from byte", output)
+    stacks = output.partition("stacks of data worker ")[2]
+    assert "in http_chunks" in stacks
+    assert "in _worker_loop" in stacks
 
 
 def test_two_deterministic_runs_have_the_same_losses(digits, tmp_path):
