@@ -144,7 +144,8 @@ def test_a_hang_in_evaluation_names_the_shard_and_shows_where_the_worker_is(digi
     server.shutdown()
     server.server_close()
     assert code == 3, output
-    assert re.search(r"got nowhere for 3 s in phase 'evaluate' of step 4, reading http://\S+/val-000.tar from byte", output)
+    told = r"got nowhere for 3 s in phase 'evaluate' of step 4, reading http://\S+/val-000.tar from byte"
+    assert re.search(told, output), output
     stacks = output.partition("stacks of data worker ")[2]
     assert "in http_chunks" in stacks
     assert "in _worker_loop" in stacks
