@@ -139,12 +139,12 @@ def test_a_hang_in_evaluation_names_the_shard_and_shows_where_the_worker_is(digi
     server = Server(digits)
     server.faults = {f"val-00{number}.tar": ["always", "hang"] for number in range(2)}
     words = [*SMALL, data(digits)[0], f"data.val={server.url}/val-{{000..001}}.tar", "data.workers=1", "run.steps=3"]
-    words += ["health.hang_seconds=3", "data.read.timeout_seconds=100", f"run.dir={tmp_path / 'run'}"]
+    words += ["health.hang_seconds=6", "data.read.timeout_seconds=100", f"run.dir={tmp_path / 'run'}"]
     code, output = train(*words)
     server.shutdown()
     server.server_close()
     assert code == 3, output
-    told = r"got nowhere for 3 s in phase 'evaluate' of step 4, reading http://\S+/val-000.tar from byte"
+    told = r"got nowhere for 6 s in phase 'evaluate' of step 4, reading http://\S+/val-000.tar from byte"
     assert re.search(told, output), output
     stacks = output.partition("stacks of data worker ")[2]
     assert "in http_chunks" in stacks
