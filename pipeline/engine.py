@@ -239,11 +239,18 @@ class Engine:
             slots[tensor][EMA].lerp_(tensor, weight.to(tensor.device))
 
     def _update(self) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
-        if self.config.precision != "fp16":  # whose loss scaler skips by itself
-            skip_step(self.torch_optimizer(), ~norm.isfinite())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        # In torch's own words: Accelerate's wrappers look for other packages at every step.
+        optimizer, scaler = self.torch_optimizer(), self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
+        if scaler is None:
+            skip_step(optimizer, ~norm.isfinite())
+            optimizer.step()
+        else:  # fp16: it skips by itself
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
         return norm
 
     def state(self, memory: dict[tuple[str | None, str], Tensor] | None = None) -> TrainingState:

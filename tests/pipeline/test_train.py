@@ -56,6 +56,18 @@ def test_workers_are_forked_before_the_threads_of_training(digits, tmp_path):
     assert not [name for name in threads if name.startswith(("save", "watchdog"))], threads
 
 
+def test_an_evaluation_leaves_dropout_as_it_was(digits, tmp_path):
+    def losses(name, *words):
+        code, output = train(*SHORT, *data(digits), f"run.dir={tmp_path / name}", "model.dropout=0.3", *words)
+        assert code == 0, output
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    expected = losses("without")
+    assert len(expected) == 4
+    assert losses("with", "run.evaluate_every_steps=2", "data.val_batch_size=360") == expected
+
+
 def wait_for_steps(run, steps):
     end = time.time() + 120
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("grad_norm") < steps:
