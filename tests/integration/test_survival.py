@@ -74,7 +74,7 @@ def test_drills_lose_nothing_under_zero(digits, tmp_path, zero_stage, drills):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_fifty_sigkills_in_a_row_lose_nothing(digits, tmp_path):
-    code, output, rows = drill(digits, tmp_path, "--steps", "300", "--kills", "50", "--only", "kills")
+    code, output, rows = drill(digits, tmp_path, "--steps", "600", "--kills", "50", "--only", "kills")
     assert code == 0, output
     assert rows["kills"]["done"] == "50 SIGKILLs at random moments"
 
