@@ -204,7 +204,7 @@ class Engine:
         """
         if self.ranks.world_size > 2 and isinstance(self.model, nn.parallel.DistributedDataParallel):
             self.accelerator.backward(0.0 * loss())
-            self.optimizer.zero_grad()
+            self.torch_optimizer().zero_grad()
 
     @contextlib.contextmanager
     def micro_step(self) -> Iterator[None]:
@@ -243,7 +243,7 @@ class Engine:
         optimizer, scaler = self.torch_optimizer(), self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
+        norm = self._clip()
         if scaler is None:
             skip_step(optimizer, ~norm.isfinite())
             optimizer.step()
@@ -252,6 +252,10 @@ class Engine:
             scaler.update()
         optimizer.zero_grad()
         return norm
+
+    def _clip(self) -> Tensor:
+        """The norm of all gradients before they are clipped."""
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
 
     def state(self, memory: dict[tuple[str | None, str], Tensor] | None = None) -> TrainingState:
         """A host copy of this rank's part of the state, without a word to other ranks: `whole` makes it a share.
@@ -338,8 +342,9 @@ class Engine:
             self.torch_optimizer().state[parameter][key].copy_(value)
 
     def _set_loss_scale(self, scale: float) -> None:
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.update(scale)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})  # before a step, update() refuses
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sums over ranks, on the device."""

@@ -97,7 +97,7 @@ class ZeroEngine(Engine):
     def _update(self) -> Tensor:
         norm = None
         if self.zero is self.torch_optimizer():
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.grad_clip or float("inf"))
+            norm = self._clip()
             skip_step(self.zero, ~norm.isfinite())
         self.model.step()
         if norm is None:
