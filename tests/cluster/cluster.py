@@ -125,12 +125,14 @@ class Machines:
 
 
 def power_off(process: subprocess.Popen) -> None:
-    """Ends everything that runs on a node, as pulling its plug does."""
-    for child in psutil.Process(process.pid).children(recursive=True):
+    """Ends everything that runs on a node, as pulling its plug does. Returns when all of it is gone."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):  # those below one go with it
             if child.name() == "unshare":
                 child.kill()
     process.wait(30)
+    assert not (left := psutil.wait_procs(children, 30)[1]), left
 
 
 class Cluster:
@@ -170,11 +172,12 @@ class Cluster:
         self.slurmctld = self.daemon([*self.prefix, "slurmctld", "-D", "-f", str(self.conf)])
         for node in NODES:
             self.power_on(node)
-        self.wait_until_idle()
+        self.wait_until_up()
 
-    def wait_until_idle(self) -> None:
-        idle = ["idle", str(len(NODES))]
-        wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D").split()[:2] == idle, 60, "idle nodes")
+    def wait_until_up(self) -> None:
+        """Until every node has come: idle, or at work again, as a job that has waited for it starts at once."""
+        up = {"idle", "mixed", "allocated"}
+        wait_for(lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) <= up, 60, "nodes that are all up")
 
     def daemon(self, command: list[str]) -> subprocess.Popen:
         log = open(self.folder / "daemons.log", "a")  # noqa: SIM115

@@ -1,5 +1,6 @@
 """`sbatch launch/pretrain.slurm` on a real Slurm cluster: from start to accuracy, and through all that ends a job."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -157,22 +158,20 @@ def test_a_node_that_loses_power_is_waited_for_or_done_without(cluster, tree, tm
         fewer.submit("--nodes=1-2", "--exclude=n3", words=(*SMALL, "checkpoint.every_steps=25")),
         same.submit("--nodes=2", "--nodelist=n2,n3", words=(*SMALL, "checkpoint.every_steps=25")),
     ]
-    for run, job, nodes in zip((fewer, same), jobs, ("n[1-2]", "n[2-3]"), strict=True):
-        wait_for(lambda: cluster.job(job)["NodeList"] == nodes, 30, f"job on {nodes}")  # noqa: B023
-        run.wait_for_step(60)
-        for rank in ranks_of(run):
-            rank.suspend()  # the other one has still to come there
-    try:
+    with contextlib.ExitStack() as halted:
+        for run, job, nodes in zip((fewer, same), jobs, ("n[1-2]", "n[2-3]"), strict=True):
+            wait_for(lambda: cluster.job(job)["NodeList"] == nodes, 30, f"job on {nodes}")  # noqa: B023
+            run.wait_for_step(60)
+            halted.enter_context(run.paused())  # the other one has still to come there
         cluster.power_off("n2")
-        for rank in (*ranks_of(fewer), *ranks_of(same)):
-            rank.resume()
+    try:
         fewer.wait(jobs[0], "COMPLETED")
         assert cluster.job(jobs[0])["NodeList"] == "n1"
         assert_nothing_lost(fewer, whole, within=1e-3)
         same.wait(jobs[1], "PENDING", 60)
     finally:
         cluster.power_on("n2")
-        cluster.wait_until_idle()
+        cluster.wait_until_up()
     same.wait(jobs[1], "COMPLETED")
     assert cluster.job(jobs[1])["NodeList"] == "n[2-3]"
     assert_nothing_lost(same, whole)
