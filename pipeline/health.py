@@ -3,6 +3,7 @@
 Each step leaves three numbers on the device; they are read once a log interval, summed over the ranks.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pipeline.options import option
 SIGMA_OF_MAD = 1.4826  # standard deviations in a normal distribution's median absolute deviation
 LEAST_WINDOW = 16  # losses that a threshold is drawn from at the least
 LEAST_PASSES = 5  # forward passes that a rank is judged by at the least
+NOISE = 3  # standard errors of a rank's mean that its slowness has to exceed
 NAMED_SAMPLES = 8  # samples that a message names
 
 
@@ -41,8 +43,9 @@ class HealthConfig:
         600.0, "a rank that gets nowhere for so long tells why and ends the job; null: never", may_change=True
     )
     slow_rank_ratio: float = option(
-        1.3, "a rank is named whose forward pass takes this many times the ranks' median", may_change=True
-    )
+        1.15, "a rank is named whose forward pass takes this many times the ranks' median, and noise isn't why",
+        may_change=True,
+    )  # fmt: skip
     nan_at_step: int | None = option(
         None, "fault for drills: the loss of this step, counted from 0, becomes NaN on the last rank", may_change=True
     )
@@ -177,17 +180,22 @@ class Health:
         """Compares the ranks by the mean of a log interval's forward passes, in which none waits for another.
 
         The slowest one is left out: one hiccup is none, while a rank that is throttled stands still again and again.
-        `waited_seconds` is how long this rank has waited for data. Collective.
+        Short passes on a busy host scatter widely: a rank is slow where its mean less `NOISE` standard errors is so,
+        too. Under ZeRO-3 a pass waits for the others' weights, and the ranks differ less. `waited_seconds` is how long
+        this rank has waited for data. Collective.
         """
         if self.engine.ranks.world_size == 1 or not forward_seconds:
             return {}
         steady = sorted(forward_seconds)[:-1] or forward_seconds
-        own = [statistics.mean(steady), waited_seconds]
-        mine = torch.tensor([own], dtype=torch.float64, device=self.engine.device)
-        times, waits = zip(*self.engine.gather_rows(mine).tolist(), strict=True)
-        ratios = [seconds / statistics.median_low(times) for seconds in times]
         enough = len(forward_seconds) >= LEAST_PASSES  # few passes tell more of the moment than of the rank
-        slow = {rank for rank, ratio in enumerate(ratios) if enough and ratio > self.config.slow_rank_ratio}
+        error = statistics.stdev(steady) / math.sqrt(len(steady)) if enough else math.inf
+        own = [statistics.mean(steady), error, waited_seconds]
+        mine = torch.tensor([own], dtype=torch.float64, device=self.engine.device)
+        times, errors, waits = zip(*self.engine.gather_rows(mine).tolist(), strict=True)
+        median = statistics.median_low(times)
+        ratios = [seconds / median for seconds in times]
+        least = [(seconds - NOISE * error) / median for seconds, error in zip(times, errors, strict=True)]
+        slow = {rank for rank, ratio in enumerate(least) if ratio > self.config.slow_rank_ratio}
         for rank in sorted(slow - self.slow):
             self._tell(
                 f"step {step}: rank {rank} ({self.devices[rank]}) is slow: its forward pass takes"
