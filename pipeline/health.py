@@ -20,8 +20,8 @@ from pipeline.options import option
 
 SIGMA_OF_MAD = 1.4826  # standard deviations in a normal distribution's median absolute deviation
 LEAST_WINDOW = 16  # losses that a threshold is drawn from at the least
-LEAST_PASSES = 5  # forward passes that a rank is judged by at the least
-NOISE = 3  # standard errors of a rank's mean that its slowness has to exceed
+LEAST_TIMES = 5  # forward passes, or waits for data, that a rank is judged by at the least
+NOISE = 3  # standard errors of a rank's mean that may be chance
 NAMED_SAMPLES = 8  # samples that a message names
 
 
@@ -43,7 +43,7 @@ class HealthConfig:
         600.0, "a rank that gets nowhere for so long tells why and ends the job; null: never", may_change=True
     )
     slow_rank_ratio: float = option(
-        1.15, "a rank is named whose forward pass takes this many times the ranks' median, and noise isn't why",
+        1.15, "a rank is named whose forward pass, or step with its wait for data, takes this many times the median's",
         may_change=True,
     )  # fmt: skip
     nan_at_step: int | None = option(
@@ -176,38 +176,47 @@ class Health:
         """At log steps: draws a new threshold for spikes."""
         self.detector.renew()
 
-    def name_slow_ranks(self, step: int, forward_seconds: list[float], waited_seconds: float) -> dict[str, float]:
-        """Compares the ranks by the mean of a log interval's forward passes, in which none waits for another.
+    def name_slow_ranks(
+        self, step: int, forward_seconds: list[float], waited_seconds: list[float], seconds: float
+    ) -> dict[str, float]:
+        """Compares the ranks' forward passes and waits for data since the last log step, `seconds` ago. Collective.
 
-        The slowest one is left out: one hiccup is none, while a rank that is throttled stands still again and again.
-        Short passes on a busy host scatter widely: a rank is slow where its mean less `NOISE` standard errors is so,
-        too. Under ZeRO-3 a pass waits for the others' weights, and the ranks differ less. `waited_seconds` is how long
-        this rank has waited for data. Collective.
+        In neither does a rank wait for another one; but under ZeRO-3 a forward pass waits for the others' weights, and
+        the ranks differ less.
         """
-        if self.engine.ranks.world_size == 1 or not forward_seconds:
+        if self.engine.ranks.world_size == 1 or not forward_seconds or not waited_seconds:
             return {}
-        steady = sorted(forward_seconds)[:-1] or forward_seconds
-        enough = len(forward_seconds) >= LEAST_PASSES  # few passes tell more of the moment than of the rank
-        error = statistics.stdev(steady) / math.sqrt(len(steady)) if enough else math.inf
-        own = [statistics.mean(steady), error, waited_seconds]
+        own = [*_mean_and_noise(forward_seconds), *_mean_and_noise(waited_seconds), seconds / len(waited_seconds)]
         mine = torch.tensor([own], dtype=torch.float64, device=self.engine.device)
-        times, errors, waits = zip(*self.engine.gather_rows(mine).tolist(), strict=True)
-        median = statistics.median_low(times)
-        ratios = [seconds / median for seconds in times]
-        least = [(seconds - NOISE * error) / median for seconds, error in zip(times, errors, strict=True)]
-        slow = {rank for rank, ratio in enumerate(least) if ratio > self.config.slow_rank_ratio}
-        for rank in sorted(slow - self.slow):
-            self._tell(
-                f"step {step}: rank {rank} ({self.devices[rank]}) is slow: its forward pass takes"
-                f" {1000 * times[rank]:.1f} ms, {ratios[rank]:.2f} times the ranks' median; it waited"
-                f" {waits[rank]:.2f} s for data since the last log step; look at its node's load, clocks and heat"
-            )
-        self.slow = slow if enough else self.slow
-        slowest = max(range(len(times)), key=lambda rank: times[rank])
+        passes, pass_noise, waits, wait_noise, steps = zip(*self.engine.gather_rows(mine).tolist(), strict=True)
+        median, median_wait = statistics.median_low(passes), statistics.median_low(waits)
+        slow = set()
+        for rank, device in enumerate(self.devices):
+            ratio = (passes[rank] - pass_noise[rank]) / median
+            excess = waits[rank] - wait_noise[rank] - median_wait  # what a step would take less with the median's data
+            reasons = []
+            if ratio > self.config.slow_rank_ratio:
+                reasons.append(
+                    f"its forward pass takes {1000 * passes[rank]:.1f} ms, {passes[rank] / median:.2f} times the ranks'"
+                    " median: look at its node's load, clocks and heat"
+                )
+            if steps[rank] > self.config.slow_rank_ratio * (steps[rank] - excess):
+                reasons.append(
+                    f"it waits {1000 * waits[rank]:.1f} of a step's {1000 * steps[rank]:.1f} ms for data, the ranks'"
+                    f" median {1000 * median_wait:.1f} ms: look at its node's load, disk and network"
+                )
+            if reasons:
+                slow.add(rank)
+            if reasons and rank not in self.slow:
+                self._tell(f"step {step}: rank {rank} ({device}) is slow: {'; '.join(reasons)}")
+        self.slow = slow
+        ranks = range(len(passes))
+        slowest, waiting = max(ranks, key=lambda rank: passes[rank]), max(ranks, key=lambda rank: waits[rank])
         return {
             "slowest_rank": slowest,
-            "slowest_rank_ratio": ratios[slowest],
-            "longest_data_wait_seconds": max(waits),
+            "slowest_rank_ratio": passes[slowest] / median,
+            "longest_data_wait_rank": waiting,
+            "longest_data_wait_seconds": waits[waiting],
         }
 
     def _left_out(self, record: StepRecord, own_loss: float, keys: list[str]) -> None:
@@ -258,6 +267,17 @@ class Health:
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {"counts": self.counts, "spikes": self.detector.saved()}
+
+
+def _mean_and_noise(seconds: list[float]) -> tuple[float, float]:
+    """The mean, and how much of it may be by chance: `NOISE` standard errors.
+
+    The largest is left out: one hiccup is none, while a rank that is throttled stands still again and again. Short
+    forward passes on a busy host scatter widely, and a few of them tell more of the moment than of the rank.
+    """
+    steady = sorted(seconds)[:-1] or seconds
+    noise = NOISE * statistics.stdev(steady) / math.sqrt(len(steady)) if len(seconds) >= LEAST_TIMES else math.inf
+    return statistics.mean(steady), noise
 
 
 def _some(keys: list[str]) -> str:

@@ -264,7 +264,8 @@ class Trainer:
         norms = [record.grad_norm for record in records if record.finite]
         if norms:
             values["grad_norm"] = norms[-1]
-        values |= self.health.name_slow_ranks(step, self.meter.forward_seconds(), self.meter.waited)
+        meter = self.meter
+        values |= self.health.name_slow_ranks(step, meter.forward_seconds(), meter.waits, meter.seconds())
         values |= {name: float(count) for name, count in self.health.counts.items()}
         if self.skips:
             values["skipped_steps"] = sum(min(last + 1, step) - first for first, last in self.skips if first < step)

@@ -23,8 +23,9 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.began, self.images, self.waited = time.perf_counter(), 0, 0.0
+        self.began, self.images = time.perf_counter(), 0
         self.passes: list[float] = []  # seconds
+        self.waits: list[float] = []  # seconds for each step's data
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
@@ -49,12 +50,15 @@ class Meter:
 
     def add(self, images: int, waited_seconds: float) -> None:
         self.images += images
-        self.waited += waited_seconds
+        self.waits.append(waited_seconds)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
 
     def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
+        seconds = self.seconds()
         speed = self.images / seconds
-        values = {"images_per_second": speed, "data_wait_fraction": self.waited / seconds}
+        values = {"images_per_second": speed, "data_wait_fraction": sum(self.waits) / seconds}
         if self.peak:
             values["mfu"] = speed * self.flops_per_image / (self.peak * self.ranks)
         self.total_images += self.images

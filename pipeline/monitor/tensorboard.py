@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.monitor.sink import Sink
 
 SPEED = ("images_per_second", "data_wait_fraction", "mfu", "slowest_rank", "slowest_rank_ratio",
-         "longest_data_wait_seconds")  # fmt: skip
+         "longest_data_wait_rank", "longest_data_wait_seconds")  # fmt: skip
 
 # The page "Custom Scalars": what to look at first. Each chart names the tags that it draws together.
 LAYOUT = {
