@@ -15,13 +15,13 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.engine import Engine, TrainingState
+from pipeline.engine import Engine, LossScale, TrainingState
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA
 from pipeline.options import option
@@ -76,7 +76,8 @@ class Saver:
         self.clock = time.monotonic()
         ranks = self.engine.ranks
         state = self.engine.state(self.memory)
-        counters = {"step": step, "updates": state.updates, "loss_scale": state.loss_scale}
+        scale = None if state.loss_scale is None else asdict(state.loss_scale)
+        counters = {"step": step, "updates": state.updates, "loss_scale": scale}
         facts = {**counters, **facts, **self.facts}
         self.thread = threading.Thread(target=self._write, args=(step, state, facts), name=f"save-{ranks.rank}")
         self.thread.start()
@@ -252,7 +253,8 @@ def load(path: str) -> TrainingState:
     if averages:
         moments[EMA] = averages
     facts = load_state(path)
-    return TrainingState(_load_parts(path, "model"), moments, facts["updates"], facts.get("loss_scale"))
+    scale = LossScale(**facts["loss_scale"]) if facts.get("loss_scale") else None
+    return TrainingState(_load_parts(path, "model"), moments, facts["updates"], scale)
 
 
 def load_weights(path: str, ema: bool = False) -> dict[str, Tensor]:

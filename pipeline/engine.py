@@ -24,6 +24,10 @@ REDUCE_BUCKET_SIZE = 25_000_000  # gradients reduced together; DeepSpeed's defau
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     precision: Literal["no", "bf16", "fp16"] = option("no", "mixed precision", may_change=True)
+    initial_loss_scale: int = option(
+        65536, "fp16: what the loss is multiplied by at first, a power of two; it falls when gradients overflow",
+        may_change=True,
+    )  # fmt: skip
     zero_stage: int | None = option(None, "DeepSpeed ZeRO stage 0 to 3; null: plain DDP", may_change=True)
     offload_optimizer: bool = option(
         False, "zero_stage 1 to 3: master weights, moments and the update on the CPU", may_change=True
@@ -51,6 +55,13 @@ class EngineConfig:
             raise ValueError(f"offload_optimizer: needs engine.zero_stage 1, 2 or 3, found {self.zero_stage}")
         if self.reduce_precision == "half" and self.precision == "no":
             raise ValueError("reduce_precision: half needs engine.precision=bf16 or fp16, found no")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision: DeepSpeed takes a loss scale out of gradients in ZeRO-0 that it has not put in; with fp16"
+                " set engine.zero_stage=1 (or null)"
+            )
+        if self.initial_loss_scale < 1 or self.initial_loss_scale.bit_count() != 1:
+            raise ValueError(f"initial_loss_scale: must be a power of two, found {self.initial_loss_scale}")
         if self.compile == "model" and self.zero_stage == 3:
             raise ValueError("compile: zero_stage=3 gathers weights block by block; set engine.compile=block, or none")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
@@ -122,6 +133,15 @@ def check_launcher(config: EngineConfig, plan: BatchPlan, said: dict[str, str]) 
             )
 
 
+@dataclass(frozen=True)
+class LossScale:
+    """fp16's dynamic loss scale: halved at an overflow, doubled after many steps without one."""
+
+    scale: float
+    stable_steps: int  # since the last overflow
+    hysteresis: int | None = None  # DeepSpeed: so many overflows halve it
+
+
 @dataclass
 class TrainingState:
     """A model and its optimizer, whatever the strategy: full fp32 tensors by parameter name, on the CPU."""
@@ -129,7 +149,7 @@ class TrainingState:
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> tensor; also "ema"
     updates: int = 0  # Adam's step counter
-    loss_scale: float | None = None  # of fp16
+    loss_scale: LossScale | None = None  # of fp16
 
 
 class Engine:
@@ -147,13 +167,16 @@ class Engine:
 
     def _connect(self) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.utils import DDPCommunicationHookType
+        from accelerate.utils import DDPCommunicationHookType, GradScalerKwargs
 
+        if self.config.precision == "fp16" and not torch.cuda.is_available():
+            raise UserError("engine.precision: fp16 under DDP needs a GPU; use engine.precision=bf16 or no")
         if self.config.reduce_precision == "half" and not torch.cuda.is_available():
             raise UserError("engine.reduce_precision: half under DDP needs GPUs; use engine.reduce_precision=fp32")
         half = {"no": "NO", "bf16": "BF16", "fp16": "FP16"}[self.config.precision]
         hook = DDPCommunicationHookType[half if self.config.reduce_precision == "half" else "NO"]
         handlers = [self._process_group(), DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]
+        handlers.append(GradScalerKwargs(init_scale=self.config.initial_loss_scale))
         return Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=self.config.precision,
@@ -164,8 +187,6 @@ class Engine:
     def _process_group(self) -> Any:
         from accelerate import InitProcessGroupKwargs
 
-        if self.config.precision == "fp16" and not torch.cuda.is_available():
-            raise UserError("engine.precision: fp16 needs a GPU; use engine.precision=bf16 or no")
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         return InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=self.config.timeout_seconds))
 
@@ -302,8 +323,11 @@ class Engine:
         steps = [int(state["step"]) for state in self.torch_optimizer().state.values() if "step" in state]
         return max(steps, default=0)
 
-    def loss_scale(self) -> float | None:
-        return None if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+    def loss_scale(self) -> LossScale | None:
+        if self.accelerator.scaler is None:
+            return None
+        state = self.accelerator.scaler.state_dict()
+        return LossScale(state["scale"], state["_growth_tracker"])
 
     def part(self, parameter: nn.Parameter, key: str | None, mine: bool) -> Tensor | None:
         """What this rank copies of a parameter (key None) or of one of its moments: all of it, if it is `mine`."""
@@ -341,10 +365,11 @@ class Engine:
         if key is not None:
             self.torch_optimizer().state[parameter][key].copy_(value)
 
-    def _set_loss_scale(self, scale: float) -> None:
+    def _set_loss_scale(self, found: LossScale) -> None:
         scaler = self.accelerator.scaler
-        if scaler is not None:
-            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})  # before a step, update() refuses
+        if scaler is not None:  # before a step, update() refuses
+            kept = {"scale": found.scale, "_growth_tracker": found.stable_steps % scaler.get_growth_interval()}
+            scaler.load_state_dict({**scaler.state_dict(), **kept})
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sums over ranks, on the device."""

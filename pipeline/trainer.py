@@ -264,6 +264,9 @@ class Trainer:
         norms = [record.grad_norm for record in records if record.finite]
         if norms:
             values["grad_norm"] = norms[-1]
+        scale = self.engine.loss_scale()
+        if scale is not None:
+            values["loss_scale"] = scale.scale
         meter = self.meter
         values |= self.health.name_slow_ranks(step, meter.forward_seconds(), meter.waits, meter.seconds())
         values |= {name: float(count) for name, count in self.health.counts.items()}

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine import REDUCE_BUCKET_SIZE, Engine, TrainingState, parameter_shape, parameter_size, share_of
+from pipeline.engine import (
+    REDUCE_BUCKET_SIZE,
+    Engine,
+    LossScale,
+    TrainingState,
+    parameter_shape,
+    parameter_size,
+    share_of,
+)
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA, skip_step
 
@@ -17,7 +25,7 @@ from pipeline.optimizer import EMA, skip_step
 class ZeroEngine(Engine):
     """DeepSpeed's ZeRO 0 to 3 through Accelerate's plugin.
 
-    What DeepSpeed keeps, by stage: 0 in fp32, the parameters themselves; 0 in bf16 or fp16, an fp32 copy of each;
+    What DeepSpeed keeps, by stage: 0 in fp32, the parameters themselves; 0 in bf16, an fp32 copy of each;
     1 and 2, a flat fp32 tensor for each parameter group's share of this rank; 3, flat tensors of parameters' shares.
     """
 
@@ -32,6 +40,10 @@ class ZeroEngine(Engine):
                 f"engine.zero_stage={self.config.zero_stage} needs DeepSpeed; run: pip install"
                 " 'vit-pretrain[deepspeed]', or set engine.zero_stage=null"
             ) from None
+        from deepspeed.accelerator import get_accelerator
+
+        if self.config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise UserError("engine.precision: this machine can't compute in fp16; use engine.precision=bf16 or no")
         if not torch.cuda.is_available():  # its shared-memory op would be compiled at start, for over a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         from accelerate import Accelerator
@@ -63,7 +75,10 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, and needs no compiler
             "zero_optimization": zero,
             "bf16": {"enabled": precision == "bf16"},
-            "fp16": {"enabled": precision == "fp16"},
+            "fp16": {
+                "enabled": precision == "fp16",
+                "initial_scale_power": self.config.initial_loss_scale.bit_length() - 1,
+            },
             "steps_per_print": 10**9,
         }
         if self.config.reduce_precision == "fp32":
@@ -114,12 +129,18 @@ class ZeroEngine(Engine):
             return list(self.zero.single_partition_of_fp32_groups)
         return super().masters()
 
-    def loss_scale(self) -> float | None:
-        return float(self.zero.cur_scale) if self.config.precision == "fp16" else None
+    def loss_scale(self) -> LossScale | None:
+        if self.config.precision != "fp16":
+            return None
+        scaler = self.zero.loss_scaler
+        stable_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return LossScale(float(scaler.cur_scale), stable_steps, scaler.cur_hysteresis)
 
-    def _set_loss_scale(self, scale: float) -> None:
+    def _set_loss_scale(self, found: LossScale) -> None:
         if self.config.precision == "fp16":
-            self.zero.loss_scaler.cur_scale = scale
+            scaler = self.zero.loss_scaler
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = found.scale, found.stable_steps, -1
+            scaler.cur_hysteresis = found.hysteresis or scaler.cur_hysteresis
 
     def _create_slots(self, updates: int) -> None:
         super()._create_slots(updates)

@@ -2,8 +2,8 @@
 
 Usage: matrix.py FOLDER DATA JOBS.json. JOBS is a list of {"name", "words", "copy_from"?}: each is a run in FOLDER/name
 with these overrides, which goes on after step 4 of a copy of another run's directory where that is asked for. Rank 0
-prints one JSON line a job: {"name", "start_step", "same": whether weights and moments after loading are those of the
-checkpoint bit for bit}.
+prints one JSON line a job: {"name", "start_step", "same": whether weights, moments and loss scale after loading are
+those of the checkpoint bit for bit}.
 """
 
 import json
@@ -27,8 +27,11 @@ def loaded_bit_for_bit(run):
         return True
     saved, share = checkpoint.load(path), run.engine.whole(run.engine.state(), run.trainer.saver.group)
     pairs = [(share.weights, saved.weights)] + [(share.moments[k], saved.moments[k]) for k in run.engine.slots]
-    same = share.updates == saved.updates and all(
-        torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine
+    same_scale = None in (share.loss_scale, saved.loss_scale) or share.loss_scale == saved.loss_scale
+    same = (
+        same_scale
+        and share.updates == saved.updates
+        and all(torch.equal(mine[name], theirs[name]) for mine, theirs in pairs for name in mine)
     )
     return all(run.engine.gather_objects(same))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
+from pipeline.engine import LossScale
 from tests.conftest import ROOT, environment, free_port
 
 TINY = ["run.epochs=null", "run.steps=6", "run.log_every_steps=1", "data.workers=0", "data.log_samples=true",
@@ -21,6 +22,9 @@ TINY = ["run.epochs=null", "run.steps=6", "run.log_every_steps=1", "data.workers
         "checkpoint.keep_last=9"]  # fmt: skip
 STRATEGIES = ["null", "0", "1", "2", "3"]
 CELLS = [f"{ranks}-{stage}-{precision}" for ranks in (1, 2, 4) for stage in STRATEGIES for precision in ("no", "bf16")]
+HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # DeepSpeed's condition; DDP has fp16 on GPUs only
+if HAS_FP16:
+    CELLS += [f"{ranks}-{stage}-fp16" for ranks in (1, 2, 4) for stage in (1, 2, 3)]
 SGD = ["optimizer.name=sgd", "optimizer.layer_decay=0.7", "schedule.peak_lr=0.3"]
 MORE = {  # beside the matrix: cell -> its own options
     "2-1-no-offload": ["engine.offload_optimizer=true"],
@@ -33,6 +37,9 @@ MORE = {  # beside the matrix: cell -> its own options
     "2-2-no-sgd": SGD,
     "2-3-no-sgd": SGD,
 }
+OVERFLOW = "2-2-fp16-overflow"
+if HAS_FP16:
+    MORE[OVERFLOW] = [f"engine.initial_loss_scale={2**22}"]  # far too high at first
 # Saved by the first, gone on with after step 4 by the second: every strategy, precision and number of ranks on both
 # sides, and to the same topology (whose continuation must be the same bit for bit).
 PAIRS = [
@@ -42,9 +49,14 @@ PAIRS = [
     ("4-null-no", "1-3-no"), ("4-0-bf16", "1-null-no"), ("2-2-bf16-offload", "4-2-bf16"), ("1-1-no", "2-1-no-offload"),
     ("2-2-no-sgd", "2-3-no-sgd"), ("2-3-no-sgd", "2-0-no-sgd"),
 ]  # fmt: skip
+if HAS_FP16:
+    PAIRS += [("1-1-fp16", "2-2-fp16"), ("2-2-fp16", "4-3-fp16"), ("2-3-fp16", "4-null-no"), ("2-null-no", "4-1-fp16")]
 SAME = [f"2-{stage}-{precision}" for stage in STRATEGIES for precision in ("no", "bf16")]
 SAME += ["4-null-no", "4-null-bf16", "4-1-no", "4-2-no", "4-3-no"]
-TOLERANCE = {"no": 1e-5, "bf16": 5e-2}  # of the loss, to one process in fp32: there only the order of sums differs
+if HAS_FP16:
+    SAME += ["2-1-fp16", "2-2-fp16", "2-3-fp16", "4-3-fp16", OVERFLOW]
+TOLERANCE = {"no": 1e-5, "bf16": 5e-2, "fp16": 3e-2}  # of the loss, to one process in fp32 (sums in another order)
+NORM_TOLERANCE = {"no": 1e-5, "bf16": 1e-2, "fp16": 1e-3}  # of the first gradient's norm, relative
 
 
 def words(cell):
@@ -65,7 +77,8 @@ def matrix(digits, tmp_path_factory):
     """The folder of all runs, and what was said of each."""
     folder, said = tmp_path_factory.mktemp("matrix"), {}
     done: set[str] = set()
-    cells, pairs = [*CELLS, *MORE], [*PAIRS, *((cell, cell) for cell in SAME)]
+    cells = [*CELLS, *MORE]
+    pairs = [*PAIRS, *((cell, cell) for cell in SAME)]
     for number, ranks in enumerate((1, 2, 4, 1)):
         mine = [cell for cell in cells if cell.startswith(f"{ranks}-") and cell not in done]
         done.update(mine)
@@ -86,9 +99,9 @@ def matrix(digits, tmp_path_factory):
     return folder, said
 
 
-def losses(run):
+def logged(run, name="loss"):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines}
+    return {line["step"]: line.get(name) for line in lines}
 
 
 def samples(run):
@@ -103,7 +116,7 @@ def samples(run):
 
 def assert_same_state(left, right):
     left, right = checkpoint.load(str(left)), checkpoint.load(str(right))
-    assert left.updates == right.updates
+    assert (left.updates, left.loss_scale) == (right.updates, right.loss_scale)
     assert left.moments.keys() == right.moments.keys()
     for mine, theirs in ((left.weights, right.weights), *((left.moments[k], right.moments[k]) for k in left.moments)):
         assert mine.keys() == theirs.keys()
@@ -112,14 +125,16 @@ def assert_same_state(left, right):
 
 @pytest.mark.integration
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("cell", [*CELLS, *MORE])
+@pytest.mark.parametrize("cell", [cell for cell in (*CELLS, *MORE) if cell != OVERFLOW])
 def test_every_cell_has_the_losses_of_one_process(matrix, cell):
     folder, _ = matrix
     precision = cell.split("-")[2]
     reference = "1-null-no-sgd" if cell.endswith("sgd") else "1-null-no"
-    found = losses(folder / cell)
-    assert found == pytest.approx(losses(folder / reference), abs=TOLERANCE[precision])
+    found = logged(folder / cell)
+    assert found == pytest.approx(logged(folder / reference), abs=TOLERANCE[precision])
     assert abs(found[6] - found[1]) > 0.005, "the weights have moved"
+    norms = [logged(folder / run, "grad_norm")[1] for run in (cell, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=NORM_TOLERANCE[precision])
     assert samples(folder / cell) == samples(folder / reference)
     if precision == "no":
         mine, theirs = (checkpoint.load(str(folder / run / "checkpoints/step-00000006")) for run in (cell, reference))
@@ -137,7 +152,7 @@ def test_what_one_cell_saves_another_goes_on_with(matrix, source, target):
     assert entry["same"], "weights, moments and moving average after loading are those of the checkpoint, bit for bit"
     precisions = {cell.split("-")[2] for cell in (source, target)}
     reference = folder / source
-    assert losses(run) == pytest.approx(losses(reference), abs=max(TOLERANCE[p] for p in precisions))
+    assert logged(run) == pytest.approx(logged(reference), abs=max(TOLERANCE[p] for p in precisions))
     assert samples(run) == samples(reference)
 
 
@@ -147,5 +162,19 @@ def test_on_the_same_ranks_a_resume_goes_on_bit_for_bit(matrix, cell):
     folder, said = matrix
     run, entry = folder / resumed(cell, cell), said[resumed(cell, cell)]
     assert (entry["start_step"], entry["same"]) == (4, True)
-    assert losses(run) == losses(folder / cell)
+    assert logged(run) == logged(folder / cell)
     assert_same_state(run / "checkpoints/step-00000006", folder / cell / "checkpoints/step-00000006")
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not HAS_FP16, reason="this CPU can't compute in fp16")
+def test_an_overflow_leaves_the_step_out_and_halves_the_loss_scale(matrix):
+    folder, _ = matrix
+    scales = logged(folder / OVERFLOW, "loss_scale")
+    assert list(scales.values()) == [2.0**power for power in (22, 21, 20, 19, 18, 18)]
+    assert [norm is None for norm in logged(folder / OVERFLOW, "grad_norm").values()] == [True] * 5 + [False]
+    first, last = (checkpoint.load(str(folder / OVERFLOW / f"checkpoints/step-{step:08d}")) for step in (4, 6))
+    assert (first.updates, first.loss_scale) == (0, LossScale(2.0**19, stable_steps=0, hysteresis=1))
+    assert (last.updates, last.loss_scale) == (1, LossScale(2.0**18, stable_steps=1, hysteresis=1))
+    assert all(torch.equal(first.moments["ema"][name], first.weights[name]) for name in first.weights)
+    assert any(not torch.equal(last.weights[name], first.weights[name]) for name in first.weights)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.engine import Engine, EngineConfig, TrainingState, check_launcher, plan_batch, share_of
+from pipeline.engine import Engine, EngineConfig, LossScale, TrainingState, check_launcher, plan_batch, share_of
 from pipeline.errors import UserError
 from pipeline.objectives.classification import Config
 from pipeline.optimizer import OptimizerConfig, build_optimizer, moment_names, parameter_groups, skip_step
@@ -91,6 +91,10 @@ def test_impossible_optimizers_are_refused():
         EngineConfig(offload_optimizer=True)
     with pytest.raises(ValueError, match="reduce_precision: half needs"):
         EngineConfig(reduce_precision="half")
+    with pytest.raises(ValueError, match=r"precision: .* ZeRO-0 .* with fp16 set engine\.zero_stage=1"):
+        EngineConfig(precision="fp16", zero_stage=0)
+    with pytest.raises(ValueError, match="initial_loss_scale: must be a power of two, found 1000"):
+        EngineConfig(initial_loss_scale=1000)
     with pytest.raises(ValueError, match="compile: zero_stage=3"):
         EngineConfig(zero_stage=3, compile="model")
 
@@ -204,13 +208,13 @@ def test_a_loss_scale_changes_no_step_falls_at_an_overflow_and_is_kept(monkeypat
         assert torch.equal(weights[0], weights[1]), "the step that overflows is left out"
         assert not torch.equal(weights[1], weights[2])
         saved = engine.state()
-        assert (saved.loss_scale, saved.updates) == (scale / 2, 2)
+        assert (saved.loss_scale, saved.updates) == (LossScale(scale / 2, stable_steps=1), 2)
         found[scale] = torch.stack(weights), norms[0], norms[2]
         engine.close()
     for left, right in zip(found[1.0], found[1024.0], strict=True):
         torch.testing.assert_close(left, right)  # powers of two: the scale is gone before clipping
     resumed = scaled_engine(1024.0, saved)
-    assert resumed.loss_scale() == 512.0
+    assert resumed.loss_scale() == saved.loss_scale
     resumed.close()
 
 

@@ -119,7 +119,7 @@ BAD = {
         "set data.read.allow_pipe=true",
     ),
     "misspelt": (lambda f: None, ["optimizer.lrr=1"], "optimizer.lrr: unknown key"),
-    "fp16": (lambda f: None, ["engine.precision=fp16"], "fp16 needs a GPU; use engine.precision=bf16"),
+    "fp16": (lambda f: None, ["engine.precision=fp16"], "fp16 under DDP needs a GPU; use engine.precision=bf16"),
 }
 
 
