@@ -138,7 +138,7 @@ class LossScale:
     """fp16's dynamic loss scale: halved at an overflow, doubled after many steps without one."""
 
     scale: float
-    stable_steps: int  # since the last overflow
+    stable_steps: int  # since the last overflow; torch's scaler counts from the last doubling, too
     hysteresis: int | None = None  # DeepSpeed: so many overflows halve it
 
 

@@ -207,8 +207,8 @@ class Health:
                 )
             if reasons:
                 slow.add(rank)
-            if reasons and rank not in self.slow:
-                self._tell(f"step {step}: rank {rank} ({device}) is slow: {'; '.join(reasons)}")
+                if rank not in self.slow:
+                    self._tell(f"step {step}: rank {rank} ({device}) is slow: {'; '.join(reasons)}")
         self.slow = slow
         ranks = range(len(passes))
         slowest, waiting = max(ranks, key=lambda rank: passes[rank]), max(ranks, key=lambda rank: waits[rank])

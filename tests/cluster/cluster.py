@@ -177,7 +177,12 @@ class Cluster:
     def wait_until_up(self) -> None:
         """Until every node has come: idle, or at work again, as a job that has waited for it starts at once."""
         up = {"idle", "mixed", "allocated"}
-        wait_for(lambda: set(self.run("sinfo", "-h", "-o", "%T").split()) <= up, 60, "nodes that are all up")
+
+        def all_up() -> bool:
+            states = self.run("sinfo", "-h", "-N", "-o", "%T").split()  # a line for each node and partition
+            return len(states) == 2 * len(NODES) and set(states) <= up
+
+        wait_for(all_up, 60, "nodes that are all up")
 
     def daemon(self, command: list[str]) -> subprocess.Popen:
         log = open(self.folder / "daemons.log", "a")  # noqa: SIM115

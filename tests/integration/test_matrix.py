@@ -22,9 +22,6 @@ TINY = ["run.epochs=null", "run.steps=6", "run.log_every_steps=1", "data.workers
         "checkpoint.keep_last=9"]  # fmt: skip
 STRATEGIES = ["null", "0", "1", "2", "3"]
 CELLS = [f"{ranks}-{stage}-{precision}" for ranks in (1, 2, 4) for stage in STRATEGIES for precision in ("no", "bf16")]
-HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # DeepSpeed's condition; DDP has fp16 on GPUs only
-if HAS_FP16:
-    CELLS += [f"{ranks}-{stage}-fp16" for ranks in (1, 2, 4) for stage in (1, 2, 3)]
 SGD = ["optimizer.name=sgd", "optimizer.layer_decay=0.7", "schedule.peak_lr=0.3"]
 MORE = {  # beside the matrix: cell -> its own options
     "2-1-no-offload": ["engine.offload_optimizer=true"],
@@ -37,9 +34,6 @@ MORE = {  # beside the matrix: cell -> its own options
     "2-2-no-sgd": SGD,
     "2-3-no-sgd": SGD,
 }
-OVERFLOW = "2-2-fp16-overflow"
-if HAS_FP16:
-    MORE[OVERFLOW] = [f"engine.initial_loss_scale={2**22}"]  # far too high at first
 # Saved by the first, gone on with after step 4 by the second: every strategy, precision and number of ranks on both
 # sides, and to the same topology (whose continuation must be the same bit for bit).
 PAIRS = [
@@ -49,11 +43,14 @@ PAIRS = [
     ("4-null-no", "1-3-no"), ("4-0-bf16", "1-null-no"), ("2-2-bf16-offload", "4-2-bf16"), ("1-1-no", "2-1-no-offload"),
     ("2-2-no-sgd", "2-3-no-sgd"), ("2-3-no-sgd", "2-0-no-sgd"),
 ]  # fmt: skip
-if HAS_FP16:
-    PAIRS += [("1-1-fp16", "2-2-fp16"), ("2-2-fp16", "4-3-fp16"), ("2-3-fp16", "4-null-no"), ("2-null-no", "4-1-fp16")]
 SAME = [f"2-{stage}-{precision}" for stage in STRATEGIES for precision in ("no", "bf16")]
 SAME += ["4-null-no", "4-null-bf16", "4-1-no", "4-2-no", "4-3-no"]
+HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # DeepSpeed's condition; DDP has fp16 on GPUs only
+OVERFLOW = "2-2-fp16-overflow"
 if HAS_FP16:
+    CELLS += [f"{ranks}-{stage}-fp16" for ranks in (1, 2, 4) for stage in (1, 2, 3)]
+    MORE[OVERFLOW] = [f"engine.initial_loss_scale={2**22}"]  # far too high at first
+    PAIRS += [("1-1-fp16", "2-2-fp16"), ("2-2-fp16", "4-3-fp16"), ("2-3-fp16", "4-null-no"), ("2-null-no", "4-1-fp16")]
     SAME += ["2-1-fp16", "2-2-fp16", "2-3-fp16", "4-3-fp16", OVERFLOW]
 TOLERANCE = {"no": 1e-5, "bf16": 5e-2, "fp16": 3e-2}  # of the loss, to one process in fp32 (sums in another order)
 NORM_TOLERANCE = {"no": 1e-5, "bf16": 1e-2, "fp16": 1e-3}  # of the first gradient's norm, relative
@@ -77,8 +74,7 @@ def matrix(digits, tmp_path_factory):
     """The folder of all runs, and what was said of each."""
     folder, said = tmp_path_factory.mktemp("matrix"), {}
     done: set[str] = set()
-    cells = [*CELLS, *MORE]
-    pairs = [*PAIRS, *((cell, cell) for cell in SAME)]
+    cells, pairs = [*CELLS, *MORE], [*PAIRS, *((cell, cell) for cell in SAME)]
     for number, ranks in enumerate((1, 2, 4, 1)):
         mine = [cell for cell in cells if cell.startswith(f"{ranks}-") and cell not in done]
         done.update(mine)
