@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import sys
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +56,14 @@ def prepare_data(config: RunConfig, ranks: Ranks) -> None:
     if folders or names != expand_urls(TRAIN) or not folder or not is_local(folder):
         return  # other shards than those that would be written
     if not os.path.isdir(folder) or not os.listdir(folder):
-        write_digits(folder + ".part")
-        os.rename(folder + ".part", folder)
+        partial = f"{folder}.part-{uuid.uuid4().hex[:8]}"  # another start may be doing the same
+        write_digits(partial)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            shutil.rmtree(partial)
+            if not os.path.isdir(folder):
+                raise
 
 
 def check_labels(index: Index, num_classes: int, max_bad_fraction: float) -> None:
@@ -142,8 +150,9 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     if ranks.is_main:
         run_dir.open(identity(config, index))
         stop.watch(run_dir.file("STOP"))
-    engine.barrier()
-    run_dir.opened = True
+    lease_path = engine.gather_objects(None if run_dir.lease is None else run_dir.lease.path)[0]
+    run_dir.join(lease_path)
+    assert run_dir.lease is not None
     start_step, state, facts = restore(run_dir, engine, ranks)
     evaluation_due = facts.get("evaluation_due", False)
     writes = ranks.is_main and not is_complete(start_step, total_steps, evaluation_due)
@@ -195,6 +204,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         watchdog=watchdog,
         ledger=Ledger(engine, run_dir.path, start_step, config.data.max_bad_fraction, config.data.log_samples),
         saver=saver,
+        lease=run_dir.lease,
         averaged_model=(lambda: averaged_model(config, engine)) if config.optimizer.ema_decay is not None else None,
         skips=[(entry["first"], entry["last"]) for entry in run_dir.read("skipped.json") or []],
         profiler=build_profiler(config, run_dir) if ranks.is_main else None,

@@ -30,8 +30,9 @@ from pipeline.data.loader import SLOTS, train_stream
 from pipeline.data.source import Source, is_pipe
 from pipeline.engine import plan_batch
 from pipeline.errors import UserError
+from pipeline.lease import holder_of
 from pipeline.report import GIB, activation_bytes, state_bytes
-from pipeline.run_dir import git_revision, package_versions
+from pipeline.run_dir import LEASE, git_revision, package_versions
 from pipeline.runtime import Ranks
 from vit.model import ViT, count_parameters
 
@@ -156,6 +157,10 @@ class RunDirProbe:
         seen: dict[str, Any] = {"wrong": [], "free": None, "shm": None}
         try:
             os.makedirs(self.path, exist_ok=True)
+            if holder := holder_of(self.path, LEASE):
+                seen["wrong"].append(
+                    f"run.dir={self.path}: {holder} is writing there already; wait for it to end, or end it first"
+                )
             with open(self.file, "w") as file:
                 file.write("written by preflight, to be removed by it")
                 file.flush()

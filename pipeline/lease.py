@@ -146,16 +146,10 @@ def observe(path: str, what: str) -> Lease:
 
 
 def holder_of(folder: str, name: str) -> str | None:
-    """Who holds a lease at this moment, in words; None where nobody does, or where it can't be told without waiting."""
+    """The process that certainly holds a lease, in words. One on another machine can't be told without waiting."""
     _, path = _newest(folder, name)
     holder = None if path is None else _read(path)
-    if path is None or holder is None:
-        return None
-    state = _state(holder)
-    if state == "unknown":
-        with contextlib.suppress(OSError):
-            state = "alive" if time.time() - os.stat(path).st_mtime < EXPIRES_SECONDS else "dead"
-    return _words(holder) if state == "alive" else None
+    return _words(holder) if holder is not None and _state(holder) == "alive" else None
 
 
 def _newest(folder: str, name: str) -> tuple[int, str | None]:

@@ -187,11 +187,13 @@ def keep(config: "RunConfig", problems: str) -> None:
 
     assert config.run.dir is not None
     run_dir = RunDir(config.run.dir)
-    run_dir.opened = os.path.isdir(run_dir.path)
-    with contextlib.suppress(OSError):  # the disk may be what is wrong
+    with contextlib.suppress(OSError, UserError):  # the disk may be what is wrong, or another start be training there
+        if os.path.isdir(run_dir.path):
+            run_dir.claim()
         names = os.listdir(run_dir.checkpoints) if os.path.isdir(run_dir.checkpoints) else []
         step = max((int(found[1]) for found in map(NAME.fullmatch, names) if found), default=0)
         run_dir.end("failed", step, f"preflight: {problems}")
+    run_dir.close()
 
 
 def main(arguments: list[str] | None = None) -> int:

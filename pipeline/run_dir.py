@@ -10,30 +10,31 @@ import sys
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.lease import Lease, LeaseLost, acquire, observe
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
+LEASE = "run"
 
 
 class RunDir:
     def __init__(self, path: str):
         self.path = path
         self.checkpoints = os.path.join(path, "checkpoints")
-        self.opened = False  # whether this start may write there
+        self.lease: Lease | None = None  # without it this start must not write there
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
 
     def open(self, identity: dict[str, Any]) -> None:
-        """Makes the directory, or checks that the run in it is this one; `exit.json` of its last start goes.
+        """Takes the directory's lease and checks that the run in it is this one. Removes `exit.json` of its last start.
 
         Raises:
-            UserError: no permission, or another run lies there; names each option that differs.
+            UserError: no permission, another start is writing there, or another run lies there; names each option that
+                differs.
         """
         try:
             os.makedirs(self.checkpoints, exist_ok=True)
-            with open(self.file(".writable"), "w"):
-                pass
-            os.remove(self.file(".writable"))
+            self.claim()
         except OSError as error:
             raise UserError(
                 f"run.dir={self.path}: can't be written: {error.strerror}; choose another run.dir"
@@ -57,6 +58,21 @@ class RunDir:
             )
         if os.path.exists(self.file("exit.json")):
             os.remove(self.file("exit.json"))
+
+    def claim(self) -> None:
+        """Raises UserError where another start is writing there."""
+        if self.lease is None:
+            self.lease = acquire(self.path, LEASE, f"run.dir={self.path}")
+
+    def join(self, lease_path: str) -> None:
+        """For the other ranks: the lease that rank 0 holds is theirs, too."""
+        if self.lease is None:
+            self.lease = observe(lease_path, f"run.dir={self.path}")
+
+    def close(self) -> None:
+        """Lets another start write there."""
+        if self.lease is not None:
+            self.lease.release()
 
     def read(self, name: str) -> Any:
         try:
@@ -83,7 +99,13 @@ class RunDir:
 
     def end(self, status: str, step: int, reason: str) -> None:
         """`exit.json` for launchers, which hide exit codes; the first of several ranks that fail writes it."""
-        if not self.opened or os.path.exists(self.file("exit.json")):
+        try:
+            if self.lease is None:
+                return
+            self.lease.check()
+        except LeaseLost:
+            return
+        if os.path.exists(self.file("exit.json")):
             return
         self.write("exit.json", {"status": status, "step": step, "reason": reason})
         record = self.read("manifest.json")

@@ -113,3 +113,5 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         if shown is not error:
             raise shown from None
         raise
+    finally:
+        run_dir.close()

@@ -16,6 +16,7 @@ from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.health import Health
+from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import Sums
 from pipeline.monitor.meter import Meter
@@ -99,6 +100,7 @@ class Trainer:
     watchdog: Watchdog
     ledger: Ledger
     saver: Saver
+    lease: Lease  # on the run directory: checked before anything is written there
     averaged_model: Callable[[], nn.Module] | None  # the moving average of the weights, if there is one
     skips: Sequence[tuple[int, int]]  # first and last step (from 0) of batches that are left out
     profiler: Any
@@ -215,6 +217,7 @@ class Trainer:
             return {}
         finally:
             self.engine.model.train()  # here and not in each step: it visits every module
+        self.lease.check()
         self.last_evaluation = found
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
@@ -252,6 +255,7 @@ class Trainer:
 
     def _log(self, step: int, sums: Sums) -> None:
         self.watchdog.beat("log", step)
+        self.lease.check()
         records = self.health.read()
         self.health.renew()
         self._settle(step)
@@ -297,6 +301,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.watchdog.beat("save", step)
+        self.lease.check()
         self.health.read()  # a spike must not be saved
         self._settle(step)
         self.saver.save(step, self._facts())
@@ -334,7 +339,8 @@ class Trainer:
     def close(self, failed: bool = False) -> None:
         """After a failure, ranks that will not come are not waited for."""
         self.watchdog.stop()
-        self.ledger.flush()
+        if not self.lease.lost:
+            self.ledger.flush()
         self.saver.wait(CLOSE_SECONDS if failed else None)
         self._show("close")
         for loader in self._loaders():

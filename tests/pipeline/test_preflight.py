@@ -168,6 +168,19 @@ def test_a_run_directory_that_cannot_be_written_is_named(digits, small_disk):
     assert "can't be written: Read-only file system; choose another run.dir" in failed(checks)["run directory"][0]
 
 
+def test_a_run_directory_in_which_another_start_trains_is_refused_and_left_alone(digits, tmp_path):
+    from pipeline import lease
+
+    run = tmp_path / "run"
+    run.mkdir()
+    with lease.acquire(str(run), "run", "run.dir"):
+        job = Job(*SMALL, *data(digits), f"run.dir={run}", "run.steps=2", "--then-train").start(0)
+        codes, checks, _ = job.end()
+    assert codes == [1]
+    assert re.search(rf"process {os.getpid()} on \S+ \(.*\) is writing there already", checks["run directory"][0][1])
+    assert [path.name for path in run.iterdir()] == [".run.lease-00000001"], "it writes no exit.json over the other's"
+
+
 @pytest.mark.integration
 def test_torchrun_starts_it_and_a_mistake_of_the_users_is_exit_code_2(digits, tmp_path):
     command = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "pipeline.preflight"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -289,3 +290,49 @@ def test_scripts_are_told_the_run_directory_and_nothing_is_made(tmp_path):
     code, output = train("--print-run-dir", f"run.dir={tmp_path}/a run")
     assert (code, output) == (0, f"{tmp_path}/a run\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_start_in_the_same_run_directory_is_refused(digits, tmp_path):
+    """Both used to train, and to write each step twice."""
+    words = [*SHORT, *data(digits), f"run.dir={tmp_path / 'run'}", "run.steps=100000"]
+    first = start(*words)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "run/metrics.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        code, output = train(*words)
+        assert code == 2
+        assert re.search(rf"run: process {first.pid} on \S+ \(.*train.py.*\) is writing there already; wait", output)
+        first.send_signal(signal.SIGTERM)
+        output = first.communicate(timeout=60)[0]
+        assert first.returncode == 0, output
+    finally:
+        first.kill()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    ended = json.loads((tmp_path / "run/exit.json").read_text())
+    assert ended["status"].startswith("saved")
+
+
+def test_a_start_that_stood_still_and_was_replaced_writes_nothing_more(digits, tmp_path):
+    """As a virtual machine that is paused: it wakes up when another machine has gone on with its run."""
+    run = tmp_path / "run"
+    words = [*SHORT, *data(digits), f"run.dir={run}", "run.steps=100000", "run.log_every_steps=100"]
+    first = start(*words)
+    end = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    lines = (run / "metrics.jsonl").read_text()
+    (held,) = run.glob(".run.lease-*")
+    held.rename(run / ".run.lease-00000009")  # what a start on another machine does once the lease has expired
+    first.send_signal(signal.SIGCONT)
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 2, output
+    assert "another process has taken over while this one stood still" in output
+    assert (run / "metrics.jsonl").read_text() == lines
+    assert not (run / "exit.json").exists()
+    assert not list((run / "checkpoints").glob("step-*"))
