@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from pipeline import checkpoint
-from pipeline.drill import DRILLS, compare, last_step, newest_checkpoint, read_result
+from pipeline.drill import DRILLS
 from pipeline.job import Job
+from pipeline.rehearsal import compare, last_step, newest_checkpoint, read_result
 from tests.conftest import ROOT, data, environment, free_port, start
 from tests.pipeline.test_faults import Server
 
