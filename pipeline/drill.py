@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 HANG_SECONDS = 5.0  # of the watchdog, when a rank is stopped; more where steps are slow
+STEPS, CHAOS_STEPS = 60, 240
 FULL_DISK_BYTES = 1024  # of a file; less would fail the semaphores that processes share, too
 
 
@@ -263,11 +264,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--config", default="configs/digits.yaml", help="YAML file (configs/digits.yaml)")
     parser.add_argument("--ranks", type=int, default=2, help="processes on this machine, one a GPU (2)")
-    parser.add_argument("--steps", type=int, default=60, help="length of each run in optimizer steps (60)")
+    parser.add_argument(
+        "--steps", type=int, help=f"length of each run in optimizer steps ({STEPS}, with --chaos {CHAOS_STEPS})"
+    )
     parser.add_argument("--kills", type=int, default=6, help="SIGKILLs of the drill `kills` (6)")
     parser.add_argument("--dir", help="new or empty folder that keeps all runs; default: one that goes if all is well")
     parser.add_argument("--only", nargs="+", choices=DRILLS, metavar="DRILL", help="these drills, instead of all")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (0)")
+    parser.add_argument(
+        "--chaos", type=float, metavar="MINUTES", help="random faults for so long, instead of the drills below"
+    )
+    parser.add_argument("--round", type=int, metavar="N", help="with --chaos: only this round, to see it again")
     parser.add_argument("--json", metavar="FILE", help="write the table there as JSON, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     return parser.parse_intermixed_args(arguments)
@@ -278,6 +285,13 @@ def check(parsed: argparse.Namespace) -> "RunConfig":
     from pipeline.config import load_config
 
     config = load_config(parsed.config, parsed.overrides)
+    parsed.steps = parsed.steps or (STEPS if parsed.chaos is None else CHAOS_STEPS)
+    if parsed.chaos is not None and (parsed.only is not None or parsed.chaos <= 0):
+        raise UserError("--chaos: expected a number of minutes above 0, without --only")
+    if parsed.round is not None and (parsed.chaos is None or parsed.round < 0):
+        raise UserError("--round: expected the number of a round, together with --chaos")
+    if parsed.chaos is not None and config.data.workers < 1:
+        raise UserError("data.workers: --chaos kills data workers; set at least 1")
     for name, least in (("ranks", 2), ("steps", 12), ("kills", 1)):
         if getattr(parsed, name) < least:
             raise UserError(f"--{name}: must be at least {least}, found {getattr(parsed, name)}")
@@ -288,6 +302,26 @@ def check(parsed: argparse.Namespace) -> "RunConfig":
     if parsed.dir is not None and os.path.isdir(parsed.dir) and os.listdir(parsed.dir):
         raise UserError(f"--dir {parsed.dir}: is not empty; name a new folder")
     return config
+
+
+def cause_chaos(drill: Drill, parsed: argparse.Namespace) -> int:
+    """Random faults; returns the exit code."""
+    from pipeline.chaos import Chaos, summary
+
+    chaos = Chaos(drill, parsed.seed, say)
+    say(f"chaos: {drill.ranks} ranks, {drill.steps} steps, seed {parsed.seed}; runs below {drill.folder}")
+    rehearse(drill)
+    say(f"reference: first step after {drill.startup_seconds:.1f} s, {1000 * drill.step_seconds:.0f} ms a step")
+    rounds = chaos.run(parsed.chaos, parsed.round)
+    say("\n" + summary(rounds, parsed.seed))
+    if parsed.json:
+        with open(parsed.json, "w") as file:
+            json.dump([asdict(played) for played in rounds], file, indent=1)
+    lost = any(played.lost for played in rounds)
+    if not lost and parsed.dir is None:
+        shutil.rmtree(drill.folder, ignore_errors=True)
+    say(f"\nsee {drill.folder}" if lost else "\nnothing was lost")
+    return 1 if lost else 0
 
 
 def hold(drill: Drill, names: Sequence[str]) -> list[Outcome]:
@@ -315,6 +349,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = os.path.abspath(parsed.dir or tempfile.mkdtemp(prefix="drill-"))
         drill = Drill(config, parsed.config, parsed.overrides, parsed.ranks, parsed.steps, parsed.kills, folder,
                       parsed.seed)  # fmt: skip
+        if parsed.chaos is not None:
+            return cause_chaos(drill, parsed)
         outcomes = hold(drill, parsed.only or list(DRILLS))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -76,6 +76,16 @@ class Job:
                     found[int(dict(v.split("=", 1) for v in variables if "=" in v)["RANK"])] = pid
         return found
 
+    def workers(self) -> list[int]:
+        """The data workers: what the ranks have started, compilers included."""
+        ranks = set(self.rank_processes().values())
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                if _parent(pid) in ranks:
+                    found.append(pid)
+        return found
+
     def send(self, number: int, pids: Sequence[int] | None = None) -> None:
         """Sends a signal to these processes, or to all of its."""
         for pid in self.processes() if pids is None else pids:

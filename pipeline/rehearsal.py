@@ -46,6 +46,7 @@ class Result:
     losses: dict[int, float]
     lines: Counter[int]  # of each step in metrics.jsonl
     samples: dict[int, list[str]]  # of each step, over all ranks
+    evaluations: list[tuple[int, float]]  # step and loss, in the order of metrics.jsonl
     state: "dict[str, Tensor]"
 
 
@@ -57,6 +58,7 @@ class Drill:
         self.config, self.path, self.overrides = config, path, list(overrides)
         self.ranks, self.steps, self.kills, self.folder = ranks, steps, kills, folder
         self.every = max(steps // 6, 1)
+        self.words: list[str] = []  # options of all runs
         self.tolerance = TOLERANCE[config.engine.precision]
         self.random = random.Random(seed)
         self.jobs: list[Job] = []
@@ -71,7 +73,7 @@ class Drill:
         os.makedirs(os.path.join(self.folder, name), exist_ok=True)
         count = sum(entry.startswith("output-") for entry in os.listdir(os.path.join(self.folder, name)))
         own = ["run.deterministic=true", *self.overrides, "run.epochs=null", f"run.steps={self.steps}"]
-        own += ["run.log_every_steps=1", "data.log_samples=true", f"checkpoint.every_steps={self.every}"]
+        own += [*self.words, "run.log_every_steps=1", "data.log_samples=true", f"checkpoint.every_steps={self.every}"]
         own += [f"run.dir={self.run_dir(name)}", f"health.hang_seconds={EXPLAIN_SECONDS:g}", *words]
         output = os.path.join(self.folder, name, f"output-{count + 1:03d}.txt")
         job = Job(["--config", self.path, *own], ranks or self.ranks, output, environ)
@@ -154,6 +156,11 @@ def compare(result: Result, expected: Result, steps: int, tolerance: float = 0.0
     streams = {step: "differ" for step in range(1, steps + 1) if result.samples.get(step) != expected.samples.get(step)}
     if streams or not expected.samples:
         lost.append(f"other samples in steps {first_few(streams)}")
+    if [step for step, _ in result.evaluations] != [step for step, _ in expected.evaluations] or not all(
+        close(here, there, tolerance)
+        for (_, here), (_, there) in zip(result.evaluations, expected.evaluations, strict=True)
+    ):
+        lost.append(f"evaluations differ: {first_few(result.evaluations)}; without the fault {expected.evaluations}")
     if result.state.keys() != expected.state.keys():
         lost.append(f"the checkpoint has other tensors: {first_few(result.state.keys() ^ expected.state.keys())}")
     elif tolerance == 0.0:
@@ -189,18 +196,26 @@ def read_result(run: str) -> Result:
     tensors = {f"weights/{name}": value for name, value in state.weights.items()}
     for key, moments in state.moments.items():
         tensors |= {f"{key}/{name}": value for name, value in moments.items()}
-    lines = [line for line in read_lines(os.path.join(run, "metrics.jsonl")) if "learning_rate" in line]
+    metrics = read_lines(os.path.join(run, "metrics.jsonl"))
+    lines = [line for line in metrics if "learning_rate" in line]
     samples: dict[int, list[str]] = {}
     for name in sorted(os.listdir(run)):
         if name.startswith("samples-rank"):
             for line in read_lines(os.path.join(run, name)):
-                samples.setdefault(line["step"], []).extend(line["samples"])
+                samples.setdefault(line["step"], []).extend(map(without_folder, line["samples"]))
     return Result(
         losses={line["step"]: line["loss"] for line in lines if "loss" in line},
         lines=Counter(line["step"] for line in lines),
+        evaluations=[(line["step"], line["val/loss"]) for line in metrics if "val/loss" in line],
         samples={step: sorted(keys) for step, keys in samples.items()},
         state=tensors,
     )
+
+
+def without_folder(sample: str) -> str:
+    """A logged sample whose shard may have been read from another place."""
+    url, separator, key = sample.partition(": sample ")
+    return f"{os.path.basename(url)}{separator}{key}"
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:

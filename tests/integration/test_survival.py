@@ -39,7 +39,7 @@ def drill(digits, folder, *words):
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     rows = json.loads((folder / "drill.json").read_text()) if (folder / "drill.json").exists() else []
-    return done.returncode, done.stdout, {row["drill"]: row for row in rows}
+    return done.returncode, done.stdout, {row.get("drill", row.get("number")): row for row in rows}
 
 
 @pytest.mark.survival
@@ -71,6 +71,19 @@ def test_drills_lose_nothing_under_zero(digits, tmp_path, zero_stage, drills):
     code, output, rows = drill(digits, tmp_path, *words)
     assert code == 0, output
     assert list(rows) == drills
+
+
+@pytest.mark.survival
+@pytest.mark.timeout(1200)
+def test_three_minutes_of_chaos_lose_nothing(digits, tmp_path):
+    code, output, rounds = drill(digits, tmp_path, "--chaos", "3", "--seed", "0")
+    assert code == 0, output
+    print(output)
+    assert all(played["lost"] == [] for played in rounds.values())
+    faults = [kind for played in rounds.values() for kind in played["struck"]]
+    assert len(rounds) >= 3
+    assert len(faults) >= len(rounds), "some faults come too late: the run is over before them"
+    assert f"{len(rounds)} rounds, {len(faults)} faults" in output
 
 
 @pytest.mark.slow
