@@ -182,16 +182,14 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
 
 def keep(config: "RunConfig", problems: str) -> None:
     """Writes `exit.json` for the launcher, if the run has a directory."""
-    from pipeline.checkpoint import NAME
+    from pipeline.checkpoint import newest_step
     from pipeline.run_dir import RunDir
 
     assert config.run.dir is not None
     run_dir = RunDir(config.run.dir)
     run_dir.opened = os.path.isdir(run_dir.path)
     with contextlib.suppress(OSError):  # the disk may be what is wrong
-        names = os.listdir(run_dir.checkpoints) if os.path.isdir(run_dir.checkpoints) else []
-        step = max((int(found[1]) for found in map(NAME.fullmatch, names) if found), default=0)
-        run_dir.end("failed", step, f"preflight: {problems}")
+        run_dir.end("failed", newest_step(run_dir.checkpoints), f"preflight: {problems}")
 
 
 def main(arguments: list[str] | None = None) -> int:
