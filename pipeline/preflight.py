@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PeerLost, UserError
-from pipeline.runtime import Ranks, export_ranks, read_ranks, read_rendezvous
+from pipeline.runtime import Ranks, die_with_parent, export_ranks, has_launcher, read_ranks, read_rendezvous
 
 if TYPE_CHECKING:
     from pipeline.audit import Finding
@@ -213,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     parsed = parser.parse_intermixed_args(arguments)
     unchanged = dict(os.environ)
+    if has_launcher(os.environ):
+        die_with_parent(os.getppid())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store warns of each try to reach rank 0
     try:
         ranks = read_ranks(os.environ)

@@ -243,6 +243,7 @@ class StopSignal:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         if self.parent is not None:
+            signal_at_parents_death(0)  # preflight, whose process this was, has asked for one; we save first
             threading.Thread(target=self._watch_launcher, args=(self.parent,), name="launcher", daemon=True).start()
         return self
 
@@ -346,13 +347,18 @@ def die_with_parent(parent: int) -> None:
 
     Linux sends the signal when the thread that has forked ends: let it be one that lasts.
     """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    else:
+    if not signal_at_parents_death(signal.SIGKILL):
         threading.Thread(target=_poll_parent, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # it ended before
         os._exit(1)
+
+
+def signal_at_parents_death(number: int) -> bool:
+    """Has the kernel send this signal (0: none) when the parent ends; False where it can't. An exec keeps it."""
+    if sys.platform != "linux":
+        return False
+    pr_set_pdeathsig = 1
+    return ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number), 0, 0, 0) == 0
 
 
 def _poll_parent(parent: int) -> None:

@@ -348,7 +348,7 @@ class Pipes:
                     raise TimeoutError(f"the command has been silent for {timeout_seconds:g} s at byte {position}")
                 chunk = os.read(process.stdout.fileno(), CHUNK if stop is None else min(CHUNK, stop - position))
                 if not chunk:
-                    code = process.wait(timeout_seconds)  # it may have closed its output and go on
+                    code = process.wait()
                     if code:
                         raise OSError(f"the command ended with exit code {code} at byte {position}")
                     return
