@@ -6,6 +6,7 @@ python bench/data.py --memory   memory of the workers over three epochs
 """
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
@@ -392,9 +393,9 @@ def resume(folder: str, quick: bool) -> dict[str, Any]:
                 urls, 2, our_policies(False), samples // batch * percent // 100,
                 global_batch_size=batch, shuffle_pool=16384,
             )  # fmt: skip
-            next(iter(loader))
-            seconds.append(time.perf_counter() - begin)
-            loader.close()
+            with contextlib.closing(loader):
+                next(iter(loader))
+                seconds.append(time.perf_counter() - begin)
     print(f"\nfirst batch of {batch} at a step of an epoch of {samples:,} samples, pool of 16,384, 2 workers")
     for percent, seconds in found.items():
         print(f"  at {percent:2} %: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
@@ -408,14 +409,14 @@ def memory(folder: str, quick: bool) -> dict[str, Any]:
     loader = open_loader(urls, 2, our_policies(False))
     found: list[float] = []
     epoch_steps = index.samples // BATCH
-    for step, _ in enumerate(loader, 1):
-        if step % epoch_steps == 0:
-            workers = psutil.Process().children(recursive=True)
-            found.append(sum(worker.memory_info().rss for worker in workers) / 2**20)
-            print(f"after epoch {len(found)}: {found[-1]:.0f} MiB in {len(workers)} workers")
-        if len(found) == 3:
-            break
-    loader.close()
+    with contextlib.closing(loader):
+        for step, _ in enumerate(loader, 1):
+            if step % epoch_steps == 0:
+                workers = psutil.Process().children(recursive=True)
+                found.append(sum(worker.memory_info().rss for worker in workers) / 2**20)
+                print(f"after epoch {len(found)}: {found[-1]:.0f} MiB in {len(workers)} workers")
+            if len(found) == 3:
+                break
     return {"resident_mib": found}
 
 

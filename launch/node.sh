@@ -15,6 +15,11 @@ is_host=$([[ $address == "$HEAD" && ${SLURM_NODEID:-0} == 0 ]] && echo true || e
 
 # Both launchers are torch's elastic agent, and take from PET_* what has no option in `accelerate launch`.
 export PET_LOCAL_ADDR=$address PET_RDZV_ID=$RUN_ID PET_RDZV_ENDPOINT=$HEAD:$PORT
+# How long they let ranks save after a signal before they kill them; a batch system has a limit of its own.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+if [[ $(trap -p HUP) == *"''"* ]]; then # nohup: a launcher would handle the signal that it should ignore
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if ((NODE_RESTARTS)); then # a fresh store for each start: nodes may count restarts differently, and read old addresses
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -57,9 +62,9 @@ watch() { # watch PID: ends the launcher when its ranks have been gone for too l
 
 signal=
 if [[ ${STOP_FILE:-} ]]; then # Slurm signals this shell, and at some sites its children: a launcher would end its ranks
-    trap 'signal=TERM' TERM USR1
+    trap 'signal=TERM' TERM USR1 USR2
     export PET_SIGNALS_TO_HANDLE=SIGHUP
-    (trap '' TERM USR1 && exec "$PYTHON" "${words[@]}" "$script" "$@") &
+    (trap '' TERM USR1 USR2 && exec "$PYTHON" "${words[@]}" "$script" "$@") &
     started=$! watchers=0
     watch "$started"
     wait "$started"

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from pipeline.data.loader import Loader, evaluation_stream, train_stream
 from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
 from pipeline.engine import BatchPlan, Engine, EngineConfig, plan_batch
-from pipeline.errors import PeerLost, UserError
+from pipeline.errors import Interrupted, PeerLost, UserError
 from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
+from pipeline.meeting import StopNews
 from pipeline.monitor.jsonl import Lines, drop_lines_after
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.optimizer import build_optimizer
@@ -85,14 +87,14 @@ def check_labels(index: Index, num_classes: int, max_bad_fraction: float) -> Non
         )
 
 
-def find_train_index(config: RunConfig, ranks: Ranks) -> Index | None:
+def find_train_index(config: RunConfig, ranks: Ranks, source: Source) -> Index | None:
     """The training shards' index, checked; None where shards are drawn with replacement."""
     if config.data.resampled:
         if config.run.steps is None:
             raise UserError("run.epochs: data.resampled=true has no epochs; set run.steps and run.epochs=null")
         return None
     # One rank asks for the sizes of all shards: a thousand that ask at once would be hard on the file system.
-    index = load_index(config.data.train, ranks.is_main, config.data.index, Source(config.data.read))
+    index = load_index(config.data.train, ranks.is_main, config.data.index, source)
     check_labels(index, config.model.num_classes, config.data.max_bad_fraction)
     return index
 
@@ -127,11 +129,28 @@ def identity(config: RunConfig, index: Index | None) -> dict[str, Any]:
     return {**fixed, "data.train (names, sizes and counts of the shards)": index.identity()}
 
 
+def unless_stopped(engine: Engine, read: Callable[[], Any]) -> Any:
+    """What `read` returns, which a stop request may interrupt. Collective.
+
+    Raises:
+        Interrupted: on all ranks, where it was on one.
+    """
+    found, stopped = None, False
+    try:
+        found = read()
+    except Interrupted:
+        stopped = True
+    if any(engine.gather_objects(stopped)):
+        raise Interrupted
+    return found
+
+
 def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) -> Run:
     """Checks everything that can be checked, joins the ranks, loads the newest checkpoint.
 
     Raises:
         UserError: a mistake of the user's, before anything is trained or overwritten.
+        Interrupted: a stop, while indices were read.
     """
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
     check_blocks(config.mix, plan.micro_batch, plan.micro_batch * plan.accumulation)
@@ -140,15 +159,18 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     if ranks.is_main:
         prepare_data(config, ranks)
     engine.barrier()
-    index = find_train_index(config, ranks)
-    classes = read_classes(config.data.train, Source(config.data.read))
+    news = StopNews(stop, ranks, read_rendezvous(os.environ))
+    source = Source(config.data.read, stop=news.wanted)
+    index, classes = unless_stopped(
+        engine, lambda: (find_train_index(config, ranks, source), read_classes(config.data.train, source))
+    )
     model = build_model(config.model, config.engine, config.run.seed)
     if config.model.init_from is not None and checkpoint.latest(run_dir.checkpoints)[0] is None:
         model.load_state_dict(fit_weights(model, config.model.init_from, config.model.new_head))
     epoch_rows = index.samples * config.data.repeats if index else None
     total_steps = config.run.total_steps(epoch_rows or 0, plan.global_batch)
+    unless_stopped(engine, lambda: run_dir.open(identity(config, index), stop.wanted) if ranks.is_main else None)
     if ranks.is_main:
-        run_dir.open(identity(config, index))
         stop.watch(run_dir.file("STOP"))
     lease_path = engine.gather_objects(None if run_dir.lease is None else run_dir.lease.path)[0]
     run_dir.join(lease_path)
@@ -160,8 +182,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         config.data, index, config.augment.train, config.model.image_size, config.model.num_classes,
         config.run.seed, ranks, start_step,
     )  # fmt: skip
-    train = Loader(stream, config.data.workers, engine.device)
-    val, val_samples = build_evaluation(config, engine, ranks)
+    train = Loader(stream, config.data.workers, engine.device, news.wanted)
+    val, val_samples = unless_stopped(engine, lambda: build_evaluation(config, engine, ranks, news))
     devices = engine.device_names()
     if writes:
         run_dir.start(to_yaml(config), classes, devices, settings)
@@ -188,6 +210,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         reading=lambda: trainer.reading(),
         on_hang=lambda message: run_dir.end("failed", trainer.steps_done, message),
     )  # fmt: skip
+    stop.progress = lambda: watchdog.growth.grew
     trainer = Trainer(
         settings=config.run,
         engine=engine,
@@ -239,15 +262,16 @@ def roll_back(run: Run, spike: Rollback) -> None:
     run.engine.release()
 
 
-def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks) -> tuple[Loader | None, int]:
+def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks, news: StopNews) -> tuple[Loader | None, int]:
     """The loader of the validation samples, and their number."""
     if not config.data.val:
         return None, 0
-    index = load_index(config.data.val, ranks.is_main, config.data.index, Source(config.data.read))
+    source = Source(config.data.read, stop=news.wanted)
+    index = load_index(config.data.val, ranks.is_main, config.data.index, source)
     check_labels(index, config.model.num_classes, config.data.max_bad_fraction)
     size, classes = config.model.image_size, config.model.num_classes
     stream = evaluation_stream(config.data, index, config.augment.val, size, classes, ranks)
-    return Loader(stream, config.data.workers, engine.device), index.samples
+    return Loader(stream, config.data.workers, engine.device, news.wanted), index.samples
 
 
 def restore(run_dir: RunDir, engine: Engine, ranks: Ranks) -> tuple[int, Any, dict[str, Any]]:

@@ -63,6 +63,7 @@ class Saver:
         self.memory: dict[tuple[str | None, str], Tensor] = {}  # for the host copy
         self.thread: threading.Thread | None = None
         self.failure: str | None = None  # of the last attempt
+        self.seconds = 0.0  # that the last one took
         self.clock = time.monotonic()
         if engine.ranks.is_main:  # no rank saves before all have met in the first step
             remove_leftovers(folder)
@@ -129,7 +130,7 @@ class Saver:
             )
             if ranks.is_main:
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
-        self.failure = problem
+        self.failure, self.seconds = problem, time.monotonic() - self.clock
 
 
 def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -> dict[str, Any]:
@@ -283,6 +284,11 @@ def _folders(folder: str) -> list[str]:
     except FileNotFoundError:
         return []
     return [os.path.join(folder, name) for name in names]
+
+
+def newest_step(folder: str) -> int:
+    """The step of the newest checkpoint by name; 0 without any."""
+    return max(map(_step, _folders(folder)), default=0)
 
 
 def _step(path: str) -> int:

@@ -99,7 +99,7 @@ def look_at_shards(config: RunConfig, ranks: Ranks, deadline: float) -> dict[str
     with told(seen["wrong"]):
         if ranks.is_main:
             prepare_data(config, ranks)
-            find_train_index(config, ranks)
+            find_train_index(config, ranks, Source(config.data.read))
             if config.data.val:
                 index = load_index(config.data.val, folder=config.data.index, source=Source(limits))
                 check_labels(index, config.model.num_classes, config.data.max_bad_fraction)

@@ -1,4 +1,4 @@
-"""The error of a user's mistake: one clear message, exit code 2, no traceback."""
+"""The errors that end a command in order: what went wrong, and who can mend it."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class PeerLost(Exception):
     """Another rank ended, and this one can't go on; what went wrong stands in that rank's message."""
+
+
+class WorkerDied(Exception):
+    """A data worker has ended; the message names it, says how it ended and what it was reading."""
+
+
+class Interrupted(BaseException):
+    """A stop was requested during a wait. Like KeyboardInterrupt, no handler of failures should catch it."""

@@ -1,7 +1,9 @@
 """Evaluates a checkpoint: `python -m pipeline.evaluate CHECKPOINT --data URLS`."""
 
 import argparse
+import contextlib
 import csv
+import os
 import sys
 
 import torch
@@ -12,7 +14,7 @@ from pipeline.data.index import load_index
 from pipeline.data.loader import Loader, evaluation_stream
 from pipeline.data.source import Source
 from pipeline.engine import load_weights
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorkerDied
 from pipeline.runtime import Ranks
 from pipeline.trainer import normalised
 from pipeline.weights import find_checkpoint
@@ -26,10 +28,12 @@ def evaluate(
     """Counts every sample once; writes one CSV line a sample where asked for.
 
     Raises:
-        UserError: no whole checkpoint, or bad shards.
+        UserError: no whole checkpoint, bad shards, or no place for the predictions.
     """
     from tqdm import tqdm
 
+    if predictions:
+        check_writable(predictions)
     path = find_checkpoint(path)
     checkpoint.require(path)
     facts = checkpoint.load_state(path)
@@ -45,7 +49,7 @@ def evaluate(
     loader = Loader(evaluation_stream(config.data, index, config.augment.val, size, classes, alone), workers, device)
     sums: dict[str, float] = {}
     rows: list[list] = []
-    with tqdm(total=index.samples, unit="image") as bar:
+    with contextlib.closing(loader), tqdm(total=index.samples, unit="image") as bar:
         for batch in loader:
             logits = model(normalised(batch, torch.float32).images)
             for name, value in config.objective(lambda _, found=logits: found, batch)[1].items():
@@ -59,7 +63,6 @@ def evaluate(
             for where, reason in batch.bad:
                 print(f"bad sample, not counted: {where}: {reason}", file=sys.stderr)
             bar.update(batch.valid_rows)
-    loader.close()
     if predictions:
         with open(predictions, "w", newline="") as file:
             writer = csv.writer(file)
@@ -67,6 +70,16 @@ def evaluate(
             writer.writerows(rows)
     count = sums.pop("count")
     return {**{f"val/{name}": value / count for name, value in sums.items()}, "val/count": count}
+
+
+def check_writable(path: str) -> None:
+    """Raises UserError where no file can be written at `path`: before minutes of evaluation."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        found = "is a folder" if os.path.isdir(path) else f"there is no folder {folder}"
+        raise UserError(f"--predictions {path}: {found}; name a file in a folder that exists")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f"--predictions {path}: no permission to write there; name another file")
 
 
 def main() -> int:
@@ -81,9 +94,9 @@ def main() -> int:
         found = evaluate(parsed.checkpoint, parsed.data, parsed.predictions, parsed.workers, parsed.ema)
         for name, value in found.items():
             print(f"{name} {value:.6g}")
-    except UserError as error:
+    except (UserError, WorkerDied) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -16,11 +16,21 @@ from pipeline.runtime import free_port
 
 TRAIN = Path(__file__).with_name("train.py")
 MARK = "PIPELINE_JOB"  # this variable tells a job's processes, those of a launcher that was killed as well
+# Its processes end with us, even if we are killed: a launcher's ranks notice its death.
+GUARDED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Job:
-    """`torchrun pipeline/train.py WORDS` on several ranks, `python pipeline/train.py WORDS` on one."""
+    """`torchrun pipeline/train.py WORDS` on several ranks, `python pipeline/train.py WORDS` on one.
+
+    It is killed when the thread ends that has started it.
+    """
 
     def __init__(self, words: Sequence[str], ranks: int, output: str, environ: Mapping[str, str] | None = None):
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
@@ -29,7 +39,7 @@ class Job:
         kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-S", "-c", GUARDED, str(os.getpid()), *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -16,10 +16,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 
 BEAT_SECONDS = 3.0
 EXPIRES_SECONDS = 30.0  # a lease that has not been renewed for so long may be taken over
@@ -93,14 +94,17 @@ class Lease:
                 continue
 
 
-def acquire(folder: str, name: str, what: str, wait_seconds: float = 0.0) -> Lease:
+def acquire(
+    folder: str, name: str, what: str, wait_seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False
+) -> Lease:
     """Takes the lease `name` on a local folder, which exists.
 
     A lease whose holder is known to be dead, or that has expired, is taken over. Where neither can be told, this waits
-    until it can. A live holder is waited for up to `wait_seconds`.
+    until it can, or until `stopped` says True. A live holder is waited for up to `wait_seconds`.
 
     Raises:
         UserError: another process holds it; `what` names the thing that it writes to, for the message.
+        Interrupted: `stopped` said True while this waited.
         OSError: the folder can't be written to.
     """
     began = time.monotonic()
@@ -132,6 +136,8 @@ def acquire(folder: str, name: str, what: str, wait_seconds: float = 0.0) -> Lea
         assert holder is not None
         if state == "alive" and time.monotonic() - began >= wait_seconds:
             raise UserError(f"{what}: {_words(holder)} is writing there already; wait for it to end, or end it first")
+        if stopped():
+            raise Interrupted
         if not told and time.monotonic() - began > 1.0:
             told = True
             print(

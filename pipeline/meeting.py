@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 from pipeline.errors import PeerLost, UserError
-from pipeline.runtime import Rendezvous
+from pipeline.runtime import Ranks, Rendezvous, StopSignal
+
+NEWS_SECONDS = 1.0  # between two looks for a stop on another rank
+MEETING_SECONDS = 10.0  # for finding the store
 
 
 class Meeting:
@@ -67,6 +71,15 @@ class Meeting:
             self.store.wait([f"{name}/answer"], timedelta(seconds=2 * self.timeout + 5))
             return json.loads(self.store.get(f"{name}/answer"))
 
+    def announce(self, name: str) -> None:
+        """Tells all, whoever asks by `announced`."""
+        with self._peers():
+            self.store.set(name, "")
+
+    def announced(self, name: str) -> bool:
+        with self._peers():
+            return self.store.check([name])
+
     def leave(self) -> None:
         """Rank 0 leaves last, since the store ends with it."""
         with contextlib.suppress(PeerLost):
@@ -80,3 +93,31 @@ class Meeting:
             yield
         except self.errors:
             raise PeerLost("no word from rank 0; its own message says why") from None
+
+
+class StopNews:
+    """Carries a wish to stop to ranks that can't vote since they wait for data, over the store in which ranks meet."""
+
+    def __init__(self, stop: StopSignal, ranks: Ranks, place: Rendezvous):
+        self.stop, self.ranks, self.place = stop, ranks, place
+        self.asked = float("-inf")
+        if ranks.world_size > 1:
+            threading.Thread(target=self._carry, name="stop-news", daemon=True).start()
+
+    def wanted(self) -> bool:
+        """Whether this rank or another one wants to stop. To be asked again and again during a wait."""
+        self.asked = time.monotonic()
+        return self.stop.wanted()
+
+    def _carry(self) -> None:
+        meeting = None
+        with contextlib.suppress(UserError, PeerLost):  # without a store a rank is asked at its next vote
+            while True:
+                waits = time.monotonic() - self.asked < 2 * NEWS_SECONDS
+                if meeting is None and (waits or self.stop.wanted()):
+                    meeting = Meeting(self.ranks.rank, self.ranks.world_size, self.place, MEETING_SECONDS, hosts=False)
+                if meeting is not None and self.stop.wanted():
+                    return meeting.announce("stop")
+                if meeting is not None and waits and meeting.announced("stop"):
+                    return self.stop.request("a stop on another rank")
+                time.sleep(NEWS_SECONDS)

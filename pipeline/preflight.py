@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PeerLost, UserError
-from pipeline.runtime import Ranks, export_ranks, read_ranks, read_rendezvous
+from pipeline.runtime import Ranks, die_with_parent, export_ranks, has_launcher, read_ranks, read_rendezvous
 
 if TYPE_CHECKING:
     from pipeline.audit import Finding
@@ -182,7 +182,7 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
 
 def keep(config: "RunConfig", problems: str) -> None:
     """Writes `exit.json` for the launcher, if the run has a directory."""
-    from pipeline.checkpoint import NAME
+    from pipeline.checkpoint import newest_step
     from pipeline.run_dir import RunDir
 
     assert config.run.dir is not None
@@ -190,9 +190,7 @@ def keep(config: "RunConfig", problems: str) -> None:
     with contextlib.suppress(OSError, UserError):  # the disk may be what is wrong, or another start be training there
         if os.path.isdir(run_dir.path):
             run_dir.claim()
-        names = os.listdir(run_dir.checkpoints) if os.path.isdir(run_dir.checkpoints) else []
-        step = max((int(found[1]) for found in map(NAME.fullmatch, names) if found), default=0)
-        run_dir.end("failed", step, f"preflight: {problems}")
+        run_dir.end("failed", newest_step(run_dir.checkpoints), f"preflight: {problems}")
     run_dir.close()
 
 
@@ -217,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     parsed = parser.parse_intermixed_args(arguments)
     unchanged = dict(os.environ)
+    if has_launcher(os.environ):
+        die_with_parent(os.getppid())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store warns of each try to reach rank 0
     try:
         ranks = read_ranks(os.environ)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import UserError
@@ -25,7 +26,7 @@ class RunDir:
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
 
-    def open(self, identity: dict[str, Any]) -> None:
+    def open(self, identity: dict[str, Any], stopped: Callable[[], bool] = lambda: False) -> None:
         """Takes the directory's lease and checks that the run in it is this one. Removes `exit.json` of its last start.
 
         Raises:
@@ -34,7 +35,7 @@ class RunDir:
         """
         try:
             os.makedirs(self.checkpoints, exist_ok=True)
-            self.claim()
+            self.claim(stopped)
         except OSError as error:
             raise UserError(
                 f"run.dir={self.path}: can't be written: {error.strerror}; choose another run.dir"
@@ -59,10 +60,15 @@ class RunDir:
         if os.path.exists(self.file("exit.json")):
             os.remove(self.file("exit.json"))
 
-    def claim(self) -> None:
-        """Raises UserError where another start is writing there."""
+    def claim(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Takes the lease on the directory.
+
+        Raises:
+            UserError: another start is writing there.
+            Interrupted: `stopped` said True while a holder that may be dead was waited for.
+        """
         if self.lease is None:
-            self.lease = acquire(self.path, LEASE, f"run.dir={self.path}")
+            self.lease = acquire(self.path, LEASE, f"run.dir={self.path}", stopped=stopped)
 
     def join(self, lease_path: str) -> None:
         """For the other ranks: the lease that rank 0 holds is theirs, too."""

@@ -5,6 +5,7 @@ Imports torch only where it is used, so that signals are caught from the first m
 
 import contextlib
 import copy
+import ctypes
 import datetime
 import faulthandler
 import io
@@ -188,63 +189,97 @@ def process_began() -> float:
     return time.time()
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What ends a run with a checkpoint. SIGHUP does not where it is ignored, as under nohup."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    return signals if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*signals, signal.SIGHUP)
+
+
 SAME_SECONDS = 0.5  # a launcher passes on what its group has got already: two within this time are one
+LOOK_SECONDS = 1.0  # between two looks at the STOP file and at the launcher
+ORPHAN_SECONDS = 60.0  # for a rank to save and end after its launcher; longer while a checkpoint grows
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a third one ends the process at once.
+    """Remembers the signals that end a run instead of dying of them; a third one ends the process at once.
 
     The signals are blocked, and a thread waits for them: no system call is interrupted, they count while the main
     thread is deep in a library, and all children inherit the block: a signal to the whole process group ends neither
     data workers nor the compilers that torch.compile starts.
 
-    A file named `STOP` in the run directory counts as one: a batch system's shell can leave it where a signal would
-    kill the launcher. It is looked for at most once a second.
+    Two more things count as a signal: a file named `STOP` in the run directory, which a batch system's shell can leave
+    where a signal would kill the launcher; and the death of the launcher that has started this rank.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.count = 0
         self.file: str | None = None
-        self.began, self.looked, self.came = process_began(), 0.0, float("-inf")
-        self.on_end: Callable[[str], None] = lambda reason: None  # before a third signal ends the process
+        self.began, self.came = process_began(), float("-inf")
+        self.signals = stop_signals()
+        self.parent = os.getppid() if has_launcher(os.environ) else None
+        self.on_end: Callable[[str], None] = lambda reason: None  # before the process is ended hard
+        self.progress: Callable[[], float] = lambda: float("-inf")  # when a checkpoint grew last
 
     def watch(self, file: str) -> None:
         """Looks for this file from now on; one that is older than this process was meant for an earlier start."""
         with contextlib.suppress(FileNotFoundError):
             if self.file is None and os.stat(file).st_mtime < self.began:
                 os.remove(file)
+        if self.file is None:  # in a thread of its own: a file system may hang
+            threading.Thread(target=self._look, name="stop-file", daemon=True).start()
         self.file = file
+        self._look_once()
 
     def wanted(self) -> bool:
-        if self.name is None and self.file is not None and time.monotonic() - self.looked > 1.0:
-            self.looked = time.monotonic()
-            if os.path.exists(self.file):
-                self.name = "STOP file"
         return self.name is not None
+
+    def request(self, name: str) -> None:
+        """Stops the run as a signal does; `name` says why."""
+        self.name = self.name or name
 
     def install(self) -> "StopSignal":
         """From the main thread, before there are others."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        if self.parent is not None:
+            signal_at_parents_death(0)  # preflight, whose process this was, has asked for one; we save first
+            threading.Thread(target=self._watch_launcher, args=(self.parent,), name="launcher", daemon=True).start()
         return self
 
     def uninstall(self) -> None:
         """For commands that have nothing to save."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+
+    def _look(self) -> None:
+        while not self.wanted():
+            self._look_once()
+            time.sleep(LOOK_SECONDS)
+
+    def _look_once(self) -> None:
+        if self.file is not None and os.path.exists(self.file):
+            self.request("STOP file")
 
     def _listen(self) -> None:
         while self.count < 3:
             first = self.count == 0
-            self.catch(signal.Signals(signal.sigwait(SIGNALS)).name, time.monotonic())
-            if first and os.environ.get("RANK", "0") == "0":
-                print(f"\n{self.name}: saves and ends; a third signal ends it at once", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):
-            self.on_end(f"{self.name}, the third signal: ended without saving")
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(128 + signal.Signals[self.name or "SIGTERM"])
+            self.catch(signal.Signals(signal.sigwait(self.signals)).name, time.monotonic())
+            if first:
+                tell(f"{self.name}: saves and ends; a third signal ends it at once")
+        self._end(128 + signal.Signals[self.name or "SIGTERM"], f"{self.name}, the third signal: ended without saving")
+
+    def _watch_launcher(self, parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_SECONDS)
+        self.request("the launcher has died")
+        tell("the launcher has died: saves and ends", every_rank=True)
+        orphaned = time.monotonic()
+        while time.monotonic() - max(orphaned, self.progress()) < ORPHAN_SECONDS:
+            time.sleep(LOOK_SECONDS)
+        self._end(1, f"the launcher has died, and nothing was saved for {ORPHAN_SECONDS:g} s: ended hard")
+
+    def _end(self, code: int, reason: str) -> None:
+        end_hard(code, lambda: self.on_end(reason))
 
     def catch(self, name: str, when: float) -> None:
         """Counts a signal that came at `when`, in seconds."""
@@ -253,19 +288,100 @@ class StopSignal:
         self.name, self.came = name, when
 
 
+def tell(text: str, every_rank: bool = False) -> None:
+    """Writes a line about the end of the run to the job's log, where pipe and terminal still take it."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def end_hard(code: int, last_words: Callable[[], None] = lambda: None) -> None:
+    """Ends this process and its data workers, whatever its other threads do. `last_words` have a second."""
+    words = threading.Thread(target=last_words, daemon=True)  # the file system may hang
+    words.start()
+    words.join(1.0)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+def end_within(seconds: float, code: int) -> threading.Timer:
+    """Ends this process with `code` if it has not ended by itself: nothing may hang once all is saved."""
+
+    def end() -> None:
+        tell(f"rank {os.environ.get('RANK', '0')}: not ended by itself within {seconds:g} s: ended hard", True)
+        end_hard(code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def has_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun, `accelerate launch` or deepspeed has started this process: it does not outlive them.
+
+    A shell that is gone ends nothing: runs are started by nohup or from terminals that are closed.
+    """
+    names = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE", "CROSS_RANK")  # torchrun, accelerate, deepspeed
+    return any(name in environ for name in names)
+
+
+LAUNCHER_SECONDS = 3600  # that a launcher should give its ranks to save
+
+
+def launcher_patience(environ: Mapping[str, str]) -> float | None:
+    """Seconds after which torchrun or `accelerate launch` kill ranks that they have passed a signal on to."""
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return None
+    text = environ.get("PET_SHUTDOWN_TIMEOUT", environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+    with contextlib.suppress(OSError):  # the option comes before both
+        with open(f"/proc/{os.getppid()}/cmdline") as file:
+            found = re.search(r"\0--shutdown[-_]timeout[\0=](\d+)\0", file.read())
+        text = found[1] if found else text
+    return float(text) if text.isdigit() else None
+
+
+def die_with_parent(parent: int) -> None:
+    """Has this process end with the process `parent` that has started it, even if that is killed.
+
+    Linux sends the signal when the thread that has forked ends: let it be one that lasts.
+    """
+    if not signal_at_parents_death(signal.SIGKILL):
+        threading.Thread(target=_poll_parent, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def signal_at_parents_death(number: int) -> bool:
+    """Has the kernel send this signal (0: none) when the parent ends; False where it can't. An exec keeps it."""
+    if sys.platform != "linux":
+        return False
+    pr_set_pdeathsig = 1
+    return ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number), 0, 0, 0) == 0
+
+
+def _poll_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    os._exit(1)
+
+
 SHOW_STACKS = signal.SIGUSR2  # a data worker writes the stacks of its threads to the job's log
 
 
 def settle_signals() -> None:
     """For data workers: the group's signal must not kill them before their rank has saved, and a hang is explained."""
-    for number in SIGNALS:
+    for number in {*stop_signals(), signal.SIGHUP} - {SHOW_STACKS}:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(SHOW_STACKS, file=2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {SHOW_STACKS})
 
 
 @dataclass(frozen=True)
 class Agreement:
     stop: bool
+    failed: bool  # a rank stops since it can't go on
     save: bool
     valid_rows: int  # of the global batch
 
@@ -286,13 +402,14 @@ class Vote:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
         self.pending: Any = None
 
-    def start(self, valid_rows: int) -> None:
+    def start(self, valid_rows: int, failed: bool = False) -> None:
+        """`failed`: this rank can't go on, and stops the run."""
         import torch
         import torch.distributed as dist
 
         assert self.pending is None
         save = self.ranks.is_main and self.save_wanted()
-        wish = torch.tensor([int(self.stop.wanted()), int(save), valid_rows])
+        wish = torch.tensor([int(self.stop.wanted() or failed), int(failed), int(save), valid_rows])
         work = dist.all_reduce(wish, group=self.group, async_op=True) if self.group is not None else None
         self.pending = work, wish
 
@@ -301,8 +418,8 @@ class Vote:
         self.pending = None
         if work is not None:
             work.wait()
-        stop, save, rows = wish.tolist()
-        return Agreement(stop > 0, save > 0, rows)
+        stop, failed, save, rows = wish.tolist()
+        return Agreement(stop > 0, failed > 0, save > 0, rows)
 
     def between_steps(self) -> "Vote":
         """Another one of the same ranks, to begin and finish while this one is under way."""

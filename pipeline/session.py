@@ -8,11 +8,21 @@ import sys
 import traceback
 from typing import Any
 
-from pipeline.errors import PeerLost, UserError
-from pipeline.runtime import StopSignal, export_ranks, read_accelerate, read_ranks, survive_a_full_log
+from pipeline.errors import Interrupted, PeerLost, UserError
+from pipeline.runtime import (
+    LAUNCHER_SECONDS,
+    StopSignal,
+    end_within,
+    export_ranks,
+    launcher_patience,
+    read_accelerate,
+    read_ranks,
+    survive_a_full_log,
+)
 
 EXIT_USER_ERROR = 2
-EXIT_PEER_LOST = EXIT_CRASH = 1
+EXIT_PEER_LOST = EXIT_WORKER_DIED = EXIT_CRASH = 1
+END_SECONDS = 60.0  # for a process to end in order once all is saved, or has failed
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     try:
-        return _train(parsed, stop)
+        with contextlib.ExitStack() as ending:
+            return _train(parsed, stop, ending)
     except UserError as error:
         where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
         print(f"error: {where}{error}", file=sys.stderr, flush=True)
@@ -56,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_CRASH
 
 
-def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
+def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.ExitStack) -> int:
     from pipeline.config import load_config
 
     config = load_config(parsed.config, parsed.overrides)
@@ -78,6 +89,13 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
 
     plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
     check_launcher(config.engine, plan, read_accelerate(os.environ))
+    patience = launcher_patience(os.environ)
+    if ranks.is_main and patience is not None and patience < LAUNCHER_SECONDS / 2:
+        print(
+            f"warning: the launcher kills ranks that still save {patience:g} s after a signal; where a checkpoint takes"
+            f" longer set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={LAUNCHER_SECONDS} for it",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     run_dir = RunDir(config.run.dir)
     run: Any = None
     stop.on_end = lambda reason: run_dir.end("failed", run.trainer.steps_done if run else 0, reason)
@@ -91,21 +109,40 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
             except Rollback as spike:
                 roll_back(run, spike)
         status, step = ended
+        trainer = run.trainer
         if complete:
-            run.trainer.last_evaluation = finished_evaluation(run_dir)
-        run.trainer.close()
-        if ranks.is_main:
+            trainer.last_evaluation = finished_evaluation(run_dir)
+        # First of all: a launcher that loses patience must find it.
+        if trainer.failure is not None:
+            run_dir.end("failed", step, f"rank {ranks.rank}: {trainer.failure}")
+        elif ranks.is_main and status != "failed":
             reason = "all steps done" if status == "finished" else f"{stop.name or 'a stop on another rank'}"
             run_dir.end("finished" if status == "finished" else "saved: start me again", step, reason)
+        ending.callback(end_within(END_SECONDS, EXIT_WORKER_DIED if trainer.failure else 0).cancel)
+        trainer.close()
+        if ranks.is_main:
             words = ["accelerate", "launch", "pipeline/train.py", "--config", os.path.relpath(parsed.config)]
             command = shlex.join([*words, *parsed.overrides])
             title = "the run is complete:" if complete else ""
             print("\n" + (title + " " if title else "") + summary(run, status, step, command), flush=True)
-        run.engine.barrier()
+        run.engine.barrier()  # a launcher ends all ranks after the first that fails
+        if trainer.failure is not None:
+            print(
+                f"error: rank {ranks.rank}: {trainer.failure}, and step {step} is saved; start again to resume",
+                file=sys.stderr,
+                flush=True,
+            )
+            return EXIT_WORKER_DIED
         run.engine.close()
+        return 0
+    except Interrupted:  # on all ranks, before the first step of this start
+        if ranks.is_main:
+            leave_word(run_dir, stop.name or "a stop on another rank")
+        ending.callback(end_within(END_SECONDS, 0).cancel)
         return 0
     except BaseException as error:
         shown = explain(error, config, ranks)
+        ending.callback(end_within(END_SECONDS, EXIT_USER_ERROR if isinstance(shown, UserError) else EXIT_CRASH).cancel)
         with contextlib.suppress(OSError):  # the disk may be what is wrong
             run_dir.end("failed", run.trainer.steps_done if run else 0, f"rank {ranks.rank}: {shown}")
         if run is not None:
@@ -115,3 +152,16 @@ def _train(parsed: argparse.Namespace, stop: StopSignal) -> int:
         raise
     finally:
         run_dir.close()
+
+
+def leave_word(run_dir: Any, reason: str) -> None:
+    """`exit.json` of a start that was stopped before it opened its run directory."""
+    from pipeline.checkpoint import newest_step
+
+    with contextlib.suppress(OSError, UserError, Interrupted):  # another start may be training there
+        os.makedirs(run_dir.path, exist_ok=True)
+        if run_dir.lease is None:
+            run_dir.claim(stopped=lambda: True)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(run_dir.file("exit.json"))
+        run_dir.end("saved: start me again", newest_step(run_dir.checkpoints), reason)

@@ -1,5 +1,6 @@
 """The training loop: `fit` over injected parts, and one optimizer `step`."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pipeline.data.loader import Batch, Loader
 from pipeline.data.mix import MixConfig, mix
 from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError, WorkerDied
 from pipeline.health import Health
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
@@ -22,7 +23,7 @@ from pipeline.metrics import Sums
 from pipeline.monitor.meter import Meter
 from pipeline.monitor.sink import Sink
 from pipeline.options import option
-from pipeline.runtime import Vote
+from pipeline.runtime import LAUNCHER_SECONDS, Agreement, Vote, launcher_patience
 from pipeline.watchdog import Watchdog
 
 CLOSE_SECONDS = 20.0  # for a checkpoint under way to be written by all, when a rank has failed
@@ -112,31 +113,39 @@ class Trainer:
     steps_done: int
     last_evaluation: dict[str, float]
     evaluation_due: bool  # a stop has broken off the one of the step that is done
+    failure: WorkerDied | None = None  # why this rank can't go on: all stop after the step that is under way
+    failed: bool = False  # whether a rank can't go on
+    warned: bool = False  # of slow checkpoints
     bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
 
     def fit(self) -> tuple[str, int]:
-        """Trains to the end or to a signal. Returns how it ended ("finished" or "saved") and after which step.
+        """Trains to the end or to a signal. Returns how it ended and after which step.
+
+        It has "finished", is "saved", or is saved since a rank "failed", whose `failure` says why.
 
         Raises:
             Rollback: a loss spike, behind which the config wants to go back.
         """
         sums, saved = Sums(self.engine), self.start_step
-        step = self.start_step
+        step, batch = self.start_step, None
         for loader in self._loaders():  # before threads save, watch and tell
             loader.start()
+        self.watchdog.growth.start(self.watchdog.interval)
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
         if step < self.total_steps:
             batches = iter(self.train)
             self.meter.reset()
             batch = self._next(step, batches)
-            self._show_inputs(step, batch)
-            self._warm_up(batch)
         while step < self.total_steps:
             self.watchdog.beat("vote", step)
-            agreed = self.vote.finish()
+            agreed = self._agree(self.vote)
             if agreed.stop:
                 break
+            assert batch is not None  # a rank without one votes to stop
+            if step == self.start_step:
+                self._show_inputs(step, batch)
+                self._warm_up(batch)
             # Fetched before the step, so that the ranks' vote on it arrives while the step computes.
             upcoming = self._next(step, batches) if step + 1 < self.total_steps else batch
             if not any(first <= step <= last for first, last in self.skips):
@@ -162,7 +171,12 @@ class Trainer:
             self._save(step)
         self.watchdog.beat("save", step)
         self.saver.finish()
-        return ("finished" if self.complete else "saved"), step
+        return ("finished" if self.complete else "failed" if self.failed else "saved"), step
+
+    def _agree(self, vote: Vote) -> Agreement:
+        agreed = vote.finish()
+        self.failed |= agreed.failed
+        return agreed
 
     def _warm_up(self, batch: Batch) -> None:
         engine = self.engine
@@ -233,15 +247,23 @@ class Trainer:
         sums, bad = Sums(self.engine), []
         vote = self.vote.between_steps()
         vote.start(0)
-        for batch in self.val:
-            self.watchdog.beat("evaluate", step)
-            if vote.finish().stop:
-                raise BrokenOff
-            vote.start(0)
-            with self.engine.autocast():
-                sums.add(self.objective(model, normalised(batch, self.engine.input_dtype))[1])
-            bad += batch.bad
-        vote.drain()
+        try:
+            self._check_workers()
+            for batch in self.val:
+                self.watchdog.beat("evaluate", step)
+                if self._agree(vote).stop:
+                    raise BrokenOff
+                vote.start(0)
+                with self.engine.autocast():
+                    sums.add(self.objective(model, normalised(batch, self.engine.input_dtype))[1])
+                bad += batch.bad
+        except (Interrupted, WorkerDied) as reason:
+            if not self._agree(vote).stop:  # the others go on to their next vote
+                self._give_up(vote, reason)
+                self._agree(vote)
+            raise BrokenOff from None
+        if self._agree(vote).stop:  # all ranks must come to the same end
+            raise BrokenOff
         if model is self.engine.model:
             self.ledger.note(step, "val", bad)
         return {f"{name}/{key}": value for key, value in sums.read().items()}
@@ -276,6 +298,7 @@ class Trainer:
         values |= {name: float(count) for name, count in self.health.counts.items()}
         if self.skips:
             values["skipped_steps"] = sum(min(last + 1, step) - first for first, last in self.skips if first < step)
+        self._warn_of_slow_saves()
         if self.saver.failure is not None:
             values["checkpoint_failed"] = 1.0
         if self.ledger.total:
@@ -290,14 +313,32 @@ class Trainer:
             self.saver.finish()
             raise UserError(problem)
 
-    def _next(self, step: int, batches: Iterator[Batch]) -> Batch:
-        """The next batch, fetched during `step`, whose valid rows and the wish to stop are told to all ranks."""
+    def _next(self, step: int, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, fetched during `step`, whose valid rows and the wish to stop are told to all ranks.
+
+        None where a stop comes before the batch, or a worker has died: then this rank votes to stop.
+        """
         self.watchdog.beat("data", step)
         began = time.perf_counter()
-        batch = next(batches)
+        try:
+            self._check_workers()
+            batch = next(batches)
+        except (Interrupted, WorkerDied) as reason:
+            self._give_up(self.vote, reason)
+            return None
         self.meter.add(self.engine.plan.global_batch, time.perf_counter() - began)
         self.vote.start(batch.valid_rows)
         return batch
+
+    def _check_workers(self) -> None:
+        """Raises WorkerDied; also for workers that nobody waits for at this moment."""
+        for loader in self._loaders():
+            loader.check()
+
+    def _give_up(self, vote: Vote, reason: BaseException) -> None:
+        """Votes to stop without a batch."""
+        self.failure = reason if isinstance(reason, WorkerDied) else self.failure
+        vote.start(0, failed=self.failure is not None)
 
     def _save(self, step: int) -> None:
         self.watchdog.beat("save", step)
@@ -305,6 +346,16 @@ class Trainer:
         self.health.read()  # a spike must not be saved
         self._settle(step)
         self.saver.save(step, self._facts())
+
+    def _warn_of_slow_saves(self) -> None:
+        limit = launcher_patience(os.environ)
+        if limit is not None and self.saver.seconds > limit / 2 and self.engine.ranks.is_main and not self.warned:
+            self.warned = True
+            print(
+                f"\nwarning: a checkpoint took {self.saver.seconds:.0f} s, and the launcher kills the ranks"
+                f" {limit:g} s after a signal: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={LAUNCHER_SECONDS} for it",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the training state."""
@@ -338,10 +389,13 @@ class Trainer:
 
     def close(self, failed: bool = False) -> None:
         """After a failure, ranks that will not come are not waited for."""
+        if failed:
+            self.watchdog.stop()
+        self.watchdog.beat("save", self.steps_done)
+        self.saver.wait(CLOSE_SECONDS if failed else None)
         self.watchdog.stop()
         if not self.lease.lost:
             self.ledger.flush()
-        self.saver.wait(CLOSE_SECONDS if failed else None)
         self._show("close")
         for loader in self._loaders():
             loader.close()

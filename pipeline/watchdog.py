@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import glob
 import multiprocessing
 import os
 import sys
@@ -11,20 +12,55 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import PeerLost, UserError
-from pipeline.meeting import Meeting
+from pipeline.meeting import MEETING_SECONDS, Meeting
 from pipeline.runtime import SHOW_STACKS, Ranks, Rendezvous
 
 EXIT_HANG = 3
-MEETING_SECONDS = 10.0  # for finding the store
 STACKS_SECONDS = 0.2  # for a worker to write where it is
 NAMED_RANKS = 8  # that a message names
 PHASES = ("vote", "data", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
+
+
+class Growth:
+    """Notices when a checkpoint that is being written grows, by whichever rank: so a slow one is no hang.
+
+    It looks in a thread of its own, since the file system may hang, and only while `looked_for` says so.
+    """
+
+    def __init__(self, folder: str, looked_for: Callable[[], bool]):
+        self.folder, self.looked_for = folder, looked_for
+        self.grew = float("-inf")  # when, by the monotonic clock
+        self.thread: threading.Thread | None = None
+
+    def start(self, interval: float) -> None:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._watch, args=(interval,), name="growth", daemon=True)
+            self.thread.start()
+
+    def _watch(self, interval: float) -> None:
+        before: dict[str, Any] = {}
+        while True:
+            if self.looked_for():
+                found = self._sizes()
+                if found and found != before:
+                    self.grew = time.monotonic()
+                before = found
+            time.sleep(interval)
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        sizes = {}
+        for path in glob.glob(os.path.join(glob.escape(self.folder), ".part-*", "*")):
+            with contextlib.suppress(OSError):  # renamed in the meantime
+                facts = os.stat(path)
+                sizes[path] = facts.st_size, getattr(facts, "st_blocks", 0)  # which fsync may raise
+        return sizes
 
 
 class Watchdog:
     """Armed by `start`, after the first step. The training loop says where it is by `beat`, which costs nothing.
 
     Ranks tell each other where they are over the store in which they met: what a hang's message says of the others.
+    A checkpoint in `folder`/checkpoints that grows is no hang, wherever the ranks wait for it.
     """
 
     def __init__(
@@ -41,13 +77,22 @@ class Watchdog:
         self.now: tuple[int, str, float] = (0, "data", time.monotonic())  # step, phase, since when
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
+        self.growth = Growth(os.path.join(folder, "checkpoints"), self._idle)
 
     def beat(self, phase: str, step: int) -> None:
         """This rank begins `phase` of `step` (counted from 0)."""
         self.now = step, phase, time.monotonic()
 
+    @property
+    def interval(self) -> float:
+        return min(5.0, (self.hang_seconds or 60.0) / 5)
+
+    def _idle(self) -> bool:
+        return time.monotonic() - self.now[2] > self.interval
+
     def start(self) -> None:
         if self.hang_seconds is not None and self.thread is None:
+            self.growth.start(self.interval)
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.thread.start()
 
@@ -58,12 +103,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self.hang_seconds is not None
-        interval = min(5.0, self.hang_seconds / 5)
+        interval = self.interval
         if self.ranks.world_size > 1:  # apart from this thread: a store that hangs must not keep it
             threading.Thread(target=self._tell, args=(interval,), name="watchdog-tell", daemon=True).start()
         while not self.stopped.wait(interval):
             step, phase, since = self.now
-            if time.monotonic() - since > self.hang_seconds and self.now[2] == since:
+            if time.monotonic() - max(since, self.growth.grew) > self.hang_seconds and self.now[2] == since:
                 self._end(self._explain(step, phase, interval))
 
     def _tell(self, interval: float) -> None:

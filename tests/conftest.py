@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -80,6 +81,21 @@ def data(folder):
 def take(loader, count=None):
     """The first batches of a loader, or all; copied, since it uses their memory again."""
     return [replace(batch, images=batch.images.clone()) for batch in islice(loader, count)]
+
+
+def alive(pid):
+    """Whether a process is there, and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(happened, seconds=500.0, pause=0.002):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(pause)
 
 
 def free_port():

@@ -8,21 +8,21 @@ import contextlib
 import ctypes
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.data.decode import decode
 from pipeline.data.index import Index, expand_urls
 from pipeline.data.order import AUGMENT, KeyedGenerator, Order, Plan, auto_lanes
 from pipeline.data.reader import OrderedSamples, ResampledSamples, Sample
 from pipeline.data.source import ReadConfig, Source, read_board
-from pipeline.errors import UserError
+from pipeline.data.workers import Workers
+from pipeline.errors import Interrupted, UserError
 from pipeline.options import option
 from pipeline.runtime import Ranks, settle_signals
 
@@ -171,20 +171,20 @@ def evaluation_stream(
     )  # fmt: skip
 
 
-class Reader(IterableDataset):
+class Reader:
     """Reads, decodes and augments a worker's lanes; yields their part of each batch, or a UserError.
 
     `ring` is shared memory for some batches of the rank, (SLOTS, B, S, S, 3), in which each worker writes its rows;
-    `boards` has one of bytes for each worker, where it says what it is reading.
+    `boards` has one of bytes for each worker, where it says what it is reading. `stop` is asked while a read waits.
     """
 
-    def __init__(self, stream: Stream, ring: Tensor, boards: list[Tensor]):
-        self.stream, self.ring, self.boards = stream, ring, boards
+    def __init__(self, stream: Stream, ring: Tensor, boards: list[Tensor], stop: Callable[[], bool] | None = None):
+        self.stream, self.ring, self.boards, self.stop = stream, ring, boards, stop
 
-    def __iter__(self) -> Iterator[Part | UserError]:
+    def parts(self, part: int) -> Iterator[Part | UserError]:
+        """The parts of worker `part`, from the beginning."""
         self.random = KeyedGenerator(self.stream.order.seed, AUGMENT)
-        worker = get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        parts = len(self.boards)
         samples = self._samples(part, parts)
         # A worker's exception would reach the rank wrapped in tracebacks: the user's errors travel as values.
         try:
@@ -199,7 +199,7 @@ class Reader(IterableDataset):
         return self.stream.plan.lanes_of(ranks.rank, ranks.world_size, worker, workers)
 
     def _samples(self, worker: int, workers: int) -> OrderedSamples | ResampledSamples:
-        stream, source = self.stream, Source(self.stream.limits, self.boards[worker].numpy())
+        stream, source = self.stream, Source(self.stream.limits, self.boards[worker].numpy(), self.stop)
         if stream.index is not None:
             return OrderedSamples(stream.index, stream.order, source, stream.num_classes)
         pool = stream.order.window * len(self._lanes(worker, workers))
@@ -263,56 +263,71 @@ class Reader(IterableDataset):
 class Loader:
     """Joins the workers' parts on the device. Iterate once for training, any times for evaluation.
 
-    On a CPU nothing is copied: the images of a batch stay as they are until the next but one is asked for.
+    On a CPU nothing is copied: the images of a batch stay as they are until the next but one is asked for. While a
+    batch does not come, `stop` is asked: once it says True, the iteration ends with Interrupted.
     """
 
-    def __init__(self, stream: Stream, workers: int, device: torch.device):
-        self.device = device
-        ranks, plan, size = stream.ranks, stream.plan, stream.image_size
-        lanes = len(plan.lanes_of(ranks.rank, ranks.world_size))
-        self.workers = min(workers, lanes)
-        self.parts = max(self.workers, 1)
+    def __init__(self, stream: Stream, workers: int, device: torch.device, stop: Callable[[], bool] = lambda: False):
+        self.device, self.stop = device, stop
+        self.ranks, plan, size = stream.ranks, stream.plan, stream.image_size
+        lanes = len(plan.lanes_of(self.ranks.rank, self.ranks.world_size))
+        count = min(workers, lanes)
+        self.parts = max(count, 1)
         # No slot is written before its time: a worker is asked for a part when it has given the one PREFETCH before.
         # The pages are used again and again: new ones for each batch would cost more than the decoding of a few images.
         shape = (SLOTS, lanes * plan.rows_per_lane, size, size, 3)
         self.ring = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self.boards = [torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_() for _ in range(self.parts)]
-        self.loader = DataLoader(
-            Reader(stream, self.ring, self.boards),
-            batch_size=None,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            prefetch_factor=PREFETCH if self.workers else None,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork" if self.workers else None,  # neither plan nor shared memory is copied
-        )
-        self.started: Any = None
+        self.reader = Reader(stream, self.ring, self.boards, None if count else stop)
+        self.split = "training" if stream.stop_step is None else "validation"
+        self.workers = Workers(self.reader.parts, count, PREFETCH, _prepare_worker, self._describe) if count else None
+        self.started = False
 
     def start(self) -> None:
         """Starts the workers, which read the first batches ahead; the first iteration would do it otherwise.
 
         To be called while no other thread is at work: a forked process has the locks that they hold, for ever.
         """
-        self.started = iter(self.loader)
+        if self.workers is not None:
+            self.workers.begin_pass()
+            self.started = True
 
     def __iter__(self) -> Iterator[Batch]:
-        parts: list[Part] = []
         given: list[weakref.ref] = []  # the images of the last HELD batches
-        read = iter(self.loader) if self.started is None else self.started
-        self.started = None
-        for part in read:
+        read = self._from_rank() if self.workers is None else self._from_workers(self.workers)
+        for parts in read:
+            images = self.ring[parts[0].slot].numpy()
+            given = [*given[1 - HELD :], weakref.ref(images)]
+            batch = self._join(parts, torch.from_numpy(images))
+            del images
+            yield batch
+            del batch
+            assert len(given) < HELD or given[0]() is None, "a batch was held too long: copy its images"
+
+    def _from_rank(self) -> Iterator[list[Part]]:
+        for part in self.reader.parts(0):
             if isinstance(part, UserError):
                 raise part
-            parts.append(part)
-            if len(parts) == self.parts:
-                images = self.ring[part.slot].numpy()
-                given = [*given[1 - HELD :], weakref.ref(images)]
-                batch = self._join(parts, torch.from_numpy(images))
-                parts = []
-                del images
-                yield batch
-                del batch
-                assert len(given) < HELD or given[0]() is None, "a batch was held too long: copy its images"
+            yield [part]
+
+    def _from_workers(self, workers: Workers) -> Iterator[list[Part]]:
+        if not self.started:
+            workers.begin_pass()
+        self.started = False
+        while True:
+            parts = []
+            for number in range(self.parts):
+                part = workers.take(number, self._give_up)
+                if isinstance(part, UserError):
+                    raise part
+                parts.append(part)
+            if None in parts:  # all have equally many
+                return
+            yield parts
+
+    def _give_up(self) -> None:
+        if self.stop():
+            raise Interrupted
 
     def _join(self, parts: list[Part], images: Tensor) -> Batch:
         if self.device.type == "cuda":
@@ -328,16 +343,23 @@ class Loader:
         """What the workers are reading at this moment, those that are."""
         return [text for board in self.boards if (text := read_board(board.numpy()))]
 
+    def check(self) -> None:
+        """Raises WorkerDied where a worker has ended, whether or not something is read."""
+        if self.workers is not None:
+            self.workers.check()
+
     def close(self) -> None:
         """Ends the worker processes."""
-        iterator = getattr(self.loader, "_iterator", None)
-        if iterator is not None and self.workers:
-            iterator._shutdown_workers()
-            for worker in iterator._workers:  # one that waits for a slow source ignores all milder signals
-                worker.kill()
+        if self.workers is not None:
+            self.workers.close()
+
+    def _describe(self, number: int) -> str:
+        rank = f" of rank {self.ranks.rank}" if self.ranks.world_size > 1 else ""
+        reading = read_board(self.boards[number].numpy())
+        return f"{self.split} data worker {number}{rank}, {f'reading {reading}' if reading else 'idle'},"
 
 
-def _start_worker(worker: int) -> None:
+def _prepare_worker() -> None:
     settle_signals()
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -110,7 +110,7 @@ class OrderedSamples:
         return sample, epoch
 
     def close(self) -> None:
-        self.threads.shutdown(cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)  # a source may hang
         self.source.close()
 
     def _begin(self, window: Window) -> Callable[[], list[Fetched]]:

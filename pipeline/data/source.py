@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.options import option
 
 Data = bytes | bytearray
 Read = Callable[[str, int, int], Data]  # one of Source's ways to read: url, first byte, number of bytes
 CHUNK = 1 << 16
+POLL_SECONDS = 0.1  # between two looks for a stop request during a wait
 REMOTE_PIECE = 8 << 20  # what one request of an object store brings; a failure repeats no more than that
 
 
@@ -53,9 +55,10 @@ class Source:
 
     limits: ReadConfig = field(default_factory=ReadConfig)
     board: np.ndarray | None = None  # bytes that another process may see: the read that has lasted longest
+    stop: Callable[[], bool] | None = None  # asked during each wait; once it says True, the read raises Interrupted
 
     def __post_init__(self) -> None:
-        self.pipes = Pipes()
+        self.pipes = Pipes(self.stop)
         self.reads: dict[int, str] = {}  # under way, by thread
         self.given_up: set[str] = set()  # what a deadline has passed for is tried only once each time after
 
@@ -142,9 +145,7 @@ class Source:
 
     def close(self) -> None:
         """Ends commands that still run."""
-        for _, _, process in self.pipes.open:
-            stop_command(process)
-        self.pipes.open.clear()
+        self.pipes.close()
 
     @contextlib.contextmanager
     def _shown(self, text: str) -> Iterator[None]:
@@ -163,7 +164,7 @@ class Source:
         end, pause, before = time.monotonic() + self.limits.deadline_seconds, 0.2, reached()
         while True:
             try:
-                result = attempt()
+                result = self._interruptible(attempt)
                 self.given_up.discard(url)
                 return result
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -181,8 +182,33 @@ class Source:
                         f"{url}: no success at byte {reached()} within {self.limits.deadline_seconds:g} s"
                         f" (data.read.deadline_seconds): {type(error).__name__}: {error}"
                     ) from None
-                time.sleep(pause * random.uniform(0.5, 1.0))
+                self._sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, 10.0)
+
+    def _interruptible(self, attempt: Callable[[], Any]) -> Any:
+        """What `attempt` returns. Where a stop counts it runs in a thread, which is left alone where it hangs."""
+        if self.stop is None:
+            return attempt()
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(attempt())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="attempt", daemon=True).start()
+        while not wait([future], POLL_SECONDS).done:
+            if self.stop():
+                raise Interrupted
+        return future.result()
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self.stop is not None and self.stop():
+                raise Interrupted
+            time.sleep(left if self.stop is None else min(left, POLL_SECONDS))
 
     def _chunks(self, url: str, start: int, stop: int) -> Iterator[bytes]:
         if is_http(url):
@@ -306,9 +332,11 @@ class Pipes:
     starts the command anew and skips.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Callable[[], bool] | None = None) -> None:
+        self.stop = stop
         self.lock = threading.Lock()
         self.open: list[tuple[str, int, subprocess.Popen]] = []
+        self.closed = False
 
     def chunks(self, command: str, start: int, stop: int | None, timeout_seconds: float) -> Iterator[bytes]:
         position, process = self._take(command, start)
@@ -316,7 +344,7 @@ class Pipes:
         done = False
         try:
             while stop is None or position < stop:
-                if not select.select([process.stdout], [], [], timeout_seconds)[0]:
+                if not self._readable(process.stdout, timeout_seconds):
                     raise TimeoutError(f"the command has been silent for {timeout_seconds:g} s at byte {position}")
                 chunk = os.read(process.stdout.fileno(), CHUNK if stop is None else min(CHUNK, stop - position))
                 if not chunk:
@@ -342,16 +370,53 @@ class Pipes:
                 best = max(near, key=lambda entry: entry[1])
                 self.open.remove(best)
                 return best[1], best[2]
-        return 0, subprocess.Popen(
-            command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, bufsize=0, start_new_session=True
-        )
+        return 0, start_command(command)
 
     def _put(self, command: str, position: int, process: subprocess.Popen) -> None:
         with self.lock:
             self.open.append((command, position, process))
-            oldest = self.open.pop(0) if len(self.open) > 64 else None
+            oldest = self.open.pop(0) if len(self.open) > 64 or self.closed else None
         if oldest:
             stop_command(oldest[2])
+
+    def _readable(self, stream: Any, timeout_seconds: float) -> bool:
+        end = time.monotonic() + timeout_seconds
+        while (left := end - time.monotonic()) > 0:
+            if select.select([stream], [], [], left if self.stop is None else min(left, POLL_SECONDS))[0]:
+                return True
+            if self.stop is not None and self.stop():
+                raise Interrupted
+        return False
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            processes = [process for _, _, process in self.open]
+            self.open.clear()
+        for process in processes:
+            stop_command(process)
+
+
+# Beside the command a shell waits for the end of its standard input, which we hold: however we end, it then kills the
+# command's whole group. (A signal at the parent's death would come at the end of the thread that started the command.)
+GUARDED = """
+exec 3<&0 </dev/null
+(read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 &
+guard=$!
+/bin/sh -c "$0" 3<&-
+code=$?
+kill -KILL $guard
+wait $guard 2>/dev/null
+exit $code
+"""
+
+
+def start_command(command: str) -> subprocess.Popen:
+    """Runs a shell command, in a session of its own, that does not outlive this process."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", GUARDED, command], stdout=subprocess.PIPE, stdin=subprocess.PIPE, bufsize=0,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def stop_command(process: subprocess.Popen) -> None:
@@ -359,5 +424,8 @@ def stop_command(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     assert process.stdout is not None
+    assert process.stdin is not None
     process.stdout.close()
-    process.wait()
+    process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(POLL_SECONDS * 50)

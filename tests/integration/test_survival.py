@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.drill import DRILLS
 from pipeline.job import Job
 from pipeline.rehearsal import compare, last_step, newest_checkpoint, read_result
-from tests.conftest import ROOT, data, environment, free_port, start
+from tests.conftest import ROOT, data, environment, free_port, start, until
 from tests.pipeline.test_faults import Server
 
 TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64", "schedule.warmup_steps=5"]
@@ -152,13 +152,6 @@ def marked(variable):
             if variable.encode() in Path("/proc", name, "environ").read_bytes().split(b"\0"):
                 found.append(int(name))
     return found
-
-
-def until(happened, seconds=500.0, pause=0.002):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(pause)
 
 
 # Signals at any moment. One run of one process, stopped again and again, then compared with one that nothing befell.

@@ -148,7 +148,7 @@ def test_a_hang_in_evaluation_names_the_shard_and_shows_where_the_worker_is(digi
     assert re.search(told, output), output
     stacks = output.partition("stacks of data worker ")[2]
     assert "in http_chunks" in stacks
-    assert "in _worker_loop" in stacks
+    assert "in _serve" in stacks
 
 
 def test_two_deterministic_runs_have_the_same_losses(digits, tmp_path):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline import lease
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from tests.conftest import ROOT, environment
 
 HOLD = """
@@ -182,3 +182,11 @@ def test_a_check_that_cannot_ask_says_so_and_recovers(tmp_path, monkeypatch):
             held.check()
     held.check()
     held.release()
+
+
+def test_waiting_for_a_lease_to_expire_can_be_stopped(tmp_path, elsewhere):
+    lease.acquire(str(tmp_path), "run", "x").ended.set()  # its holder is silent from now on
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        lease.acquire(str(tmp_path), "run", "x", stopped=lambda: time.monotonic() > began + 0.5)
+    assert time.monotonic() - began < 3.0

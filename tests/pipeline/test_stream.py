@@ -203,7 +203,7 @@ def test_the_copies_of_a_drawn_sample_have_its_label(digits):
 
 
 def worker_processes(loader):
-    return [psutil.Process(worker.pid) for worker in loader.loader._iterator._workers]
+    return [psutil.Process(worker.pid) for worker in loader.workers.processes]
 
 
 def test_workers_hold_the_same_memory_after_each_epoch(digits):
