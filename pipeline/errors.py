@@ -1,5 +1,8 @@
 """The error of a user's mistake: one clear message, exit code 2, no traceback."""
 
+import errno
+import re
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message names the thing, what was found, what was expected, the fix."""
@@ -7,3 +10,16 @@ class UserError(ValueError):
 
 class PeerLost(Exception):
     """Another rank ended, and this one can't go on; what went wrong stands in that rank's message."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's memory ran out. Python, torch, OpenCV, PIL and libjpeg each say it in their own way."""
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or re.search(
+            r"can't allocate memory|not enough memory|out of memory error|Insufficient memory|Memory allocation fail",
+            str(error),
+        )
+        is not None
+    )
