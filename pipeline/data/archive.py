@@ -184,8 +184,8 @@ class Archive:
             found = f"only {reached - position} bytes of zeros" if reached > position else "the end of the file"
             raise UserError(
                 f"{self.url}: no end mark at byte {self.origin + position}: found {found}, expected two blocks of"
-                " zeros; if the shard was cut, copy it anew; if all samples are there, accept it with --allow-missing-end (in"
-                " training data.read.allow_missing_end=true)"
+                " zeros; if the shard was cut, copy it anew; if all samples are there, accept it with"
+                " --allow-missing-end (in training data.read.allow_missing_end=true)"
             )
         self.missing_end = True
 

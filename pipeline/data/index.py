@@ -170,16 +170,22 @@ def write_index(
         row = {"name": name, "nbytes": shard.nbytes, "samples": len(shard.records), "labels": [low, high],
                "bad": shard.bad}  # fmt: skip
         named[name] = row, shard.records
-    with contextlib.ExitStack() as stack:
-        leases = [_lease(home, stack) for home in sorted(tables)]  # between reading and writing, nobody else writes
-        merged = {home: _merged(home, named, limits, beside=folder is None) for home, named in tables.items()}
-        for home, shards in merged.items():
-            _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
-        for lease in leases:
-            if lease is not None:
-                lease.check()
-        for home, shards in merged.items():
-            _write_table(home, shards)
+    try:
+        with contextlib.ExitStack() as stack:
+            leases = [_lease(home, stack) for home in sorted(tables)]  # between reading and writing, nobody else writes
+            merged = {home: _merged(home, named, limits, beside=folder is None) for home, named in tables.items()}
+            for home, shards in merged.items():
+                _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
+            for lease in leases:
+                if lease is not None:
+                    lease.check()
+            for home, shards in merged.items():
+                _write_table(home, shards)
+    except OSError as error:
+        raise UserError(
+            f"{', '.join(sorted(tables))}: the index can't be written: {error.strerror or error}; free some space, or"
+            " write it elsewhere: index --to FOLDER, and set data.index=FOLDER"
+        ) from None
     return Indexed(sum(len(shard.records) for shard in scanned), sum(shard.missing_end for shard in scanned))
 
 
@@ -249,16 +255,14 @@ def _merged(home: str, named: Rows, limits: ReadConfig | None, beside: bool) -> 
 def _cross_check(home: str, counts: dict[str, int]) -> None:
     """Compares with what timm (`_info.json`) and open_clip (`sizes.json`) have counted, where that lies there."""
     claims: dict[str, dict[str, int]] = {}
-    with contextlib.suppress(FileNotFoundError), fsspec.open(f"{home}/sizes.json", "rb") as file:
-        claims["sizes.json"] = {str(name): int(count) for name, count in json.load(file).items()}
-    with contextlib.suppress(FileNotFoundError):
-        with fsspec.open(f"{home}/_info.json", "rb") as file:
-            splits = json.load(file)["splits"].values()
-        claims["_info.json"] = {
-            name: int(count)
-            for split in splits
-            for name, count in zip(split["filenames"], split["shard_lengths"], strict=True)
-        }
+    for source, counts_in in (("sizes.json", _open_clip_counts), ("_info.json", _timm_counts)):
+        try:
+            with fsspec.open(f"{home}/{source}", "rb") as file:
+                claims[source] = counts_in(json.load(file))
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{home}/{source}: no readable sample counts; mend or remove it") from None
     for source, claimed in claims.items():
         for name, count in claimed.items():
             if name in counts and counts[name] != count:
@@ -266,6 +270,18 @@ def _cross_check(home: str, counts: dict[str, int]) -> None:
                     f"{home}/{name}: {counts[name]} samples, but {source} beside it says {count}; mend the shard, or"
                     f" {source} if that is stale"
                 )
+
+
+def _open_clip_counts(content: Any) -> dict[str, int]:
+    return {str(name): int(count) for name, count in content.items()}
+
+
+def _timm_counts(content: Any) -> dict[str, int]:
+    return {
+        name: int(count)
+        for split in content["splits"].values()
+        for name, count in zip(split["filenames"], split["shard_lengths"], strict=True)
+    }
 
 
 def write_file(url: str, data: bytes) -> None:

@@ -91,7 +91,8 @@ def test_plain_files_are_read_without_tarfile(options):
 def test_whatever_is_not_plain_is_left_to_the_archive_reader():
     data = whole_members({"mtime": 0}, [{"__key__": "a", "jpg": b"image", "cls": "7"}])
     for position, byte in (
-        (156, b"2"), (156, b"x"), (156, b"L"), (257, b"X"), (345, b"p"), (124, b"\x80"), (134, b"9"), (0, b"\xff"), (0, b"."),
+        (156, b"2"), (156, b"x"), (156, b"L"), (257, b"X"), (345, b"p"), (124, b"\x80"), (134, b"9"),
+        (0, b"\xff"), (0, b"."),
     ):  # fmt: skip
         spoilt = bytearray(data)
         spoilt[position : position + len(byte)] = byte
