@@ -4,17 +4,17 @@ import glob
 import io
 import json
 import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.config import RunConfig
+from pipeline.data.archive import Archive
 from pipeline.data.index import Index, load_index, load_records
 from pipeline.data.order import Order, Plan, Row, random_order
 from pipeline.data.source import Source
-from pipeline.data.tar import member_key
+from pipeline.data.tar import grouped
 from pipeline.errors import UserError
 
 SIMULATIONS = 200
@@ -198,10 +198,5 @@ def logged(run: str, batches: list[np.ndarray], index: Index, source: Source, st
 
 def shard_keys(url: str, source: Source) -> list[str]:
     """The keys of a shard's samples, read from the tar itself."""
-    keys: list[str] = []
-    with tarfile.open(fileobj=io.BytesIO(source.read(url, 0, source.size(url))), mode="r:") as tar:
-        for member in tar:
-            key, _ = member_key(member)
-            if key is not None and (not keys or keys[-1] != key):
-                keys.append(key)
-    return keys
+    data = source.read(url, 0, source.size(url))
+    return [sample.key for sample in grouped(Archive(io.BytesIO(data), url, True), lambda suffix, nbytes: False)]

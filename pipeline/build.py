@@ -20,7 +20,7 @@ from pipeline.data.loader import Loader, evaluation_stream, train_stream
 from pipeline.data.mix import check_blocks
 from pipeline.data.source import Source, is_local
 from pipeline.engine import BatchPlan, Engine, EngineConfig, plan_batch
-from pipeline.errors import Interrupted, PeerLost, UserError
+from pipeline.errors import Interrupted, PeerLost, UserError, is_out_of_memory
 from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
 from pipeline.meeting import StopNews
@@ -319,7 +319,14 @@ def build_profiler(config: RunConfig, run_dir: RunDir) -> Any:
 def explain(error: BaseException, config: RunConfig, ranks: Ranks) -> BaseException:
     """The user's version of running out of memory and of losing another rank; any other error as it is."""
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error) and torch.cuda.is_available():
+        return UserError(
+            f"rank {ranks.rank}: out of host memory ({text or type(error).__name__}); set data.workers or"
+            " data.shuffle_pool lower, or give the job more memory; earlier checkpoints are whole"
+        )
+    if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
         plan = plan_batch(config.data.global_batch_size, config.engine.micro_batch_size, ranks.world_size)
         half = max(plan.micro_batch // 2, 1)
         return UserError(

@@ -14,6 +14,8 @@ from pipeline.data.verify import summary, verify_shards
 from pipeline.data.write import WriteConfig, add_options, write_shards
 from pipeline.errors import UserError
 
+ALLOW_MISSING_END = "accept tars that end without two blocks of zeros, but not inside a member"
+
 
 def listed(patterns: list[str]) -> list[str]:
     """Braces are expanded everywhere, `*` in local paths."""
@@ -45,7 +47,8 @@ def write(parsed: argparse.Namespace) -> int:
 
 def index(parsed: argparse.Namespace) -> int:
     """Writes the index of existing shards, local or remote, from their headers and classes."""
-    index_shards(listed(parsed.urls), parsed.processes, parsed.to, ReadConfig(allow_pipe=parsed.allow_pipe))
+    limits = ReadConfig(allow_pipe=parsed.allow_pipe, allow_missing_end=parsed.allow_missing_end)
+    index_shards(listed(parsed.urls), parsed.processes, parsed.to, limits)
     return 0
 
 
@@ -53,8 +56,10 @@ def index_shards(urls: list[str], processes: int, to: str | None = None, limits:
     from tqdm import tqdm
 
     with tqdm(total=len(urls), unit="shard") as progress:
-        samples = write_index(urls, progress, min(processes, len(urls)), to, limits)
-    print(f"indexed {samples:,} samples in {len(urls)} shards")
+        indexed = write_index(urls, progress, min(processes, len(urls)), to, limits)
+    print(f"indexed {indexed.samples:,} samples in {len(urls)} shards")
+    if indexed.missing_ends:
+        print(f"{indexed.missing_ends} of the shards have no end mark")
 
 
 def verify(parsed: argparse.Namespace) -> int:
@@ -65,7 +70,7 @@ def verify(parsed: argparse.Namespace) -> int:
     if file is not None and not os.path.isdir(os.path.dirname(file) or "."):
         raise UserError(f"--json {file}: there is no such folder")
     with tqdm(unit=" samples") as progress:
-        report = verify_shards(listed(parsed.urls), parsed.processes, progress, parsed.index)
+        report = verify_shards(listed(parsed.urls), parsed.processes, progress, parsed.index, parsed.allow_missing_end)
     if file is not None:
         with open(file, "w") as out:
             json.dump(report, out, indent=1)
@@ -108,12 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--to", metavar="FOLDER", help="where the index goes (beside the shards); then data.index")
     command.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="shards read at a time (cores)")
     command.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: URLs")
+    command.add_argument("--allow-missing-end", action="store_true", help=ALLOW_MISSING_END)
 
     command = add(verify, "read and decode all shards")
     command.add_argument("urls", nargs="+", help="shards: paths, URLs, brace or * patterns")
     command.add_argument("--processes", type=int, metavar="N", help="that read; by default the number of cores")
     command.add_argument("--json", metavar="FILE", help="write the whole report there")
     command.add_argument("--index", metavar="FOLDER", help="where the index lies (beside the shards)")
+    command.add_argument("--allow-missing-end", action="store_true", help=ALLOW_MISSING_END)
 
     command = add(audit, "check the order of a config's stream")
     command.add_argument("--config", required=True, help="YAML file")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_out_of_memory
 
 Turn = Image.Transpose
 UPRIGHT = {  # by EXIF orientation
@@ -30,6 +30,7 @@ def decode(data: bytes | memoryview, where: str) -> np.ndarray:
     Raises:
         UserError: the bytes are no image, a broken one, or one of more than PIL's limit of 89 million pixels (268 MB
             here, and far more than a photograph in a data set has); `where` names the sample.
+        MemoryError: the host has no memory for the pixels; the sample may be a good one.
     """
     pixels = _decode_jpeg(data)
     if pixels is not None and not _has_orientation(data):
@@ -45,6 +46,8 @@ def decode(data: bytes | memoryview, where: str) -> np.ndarray:
                 turn = UPRIGHT.get(_orientation(image))
                 return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
     except Exception as error:  # PIL's readers raise almost anything on damaged files
+        if is_out_of_memory(error):
+            raise MemoryError(where) from None
         reason = "no image (JPEG, PNG or WebP)" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise UserError(f"{where}: can't be decoded: {reason}; mend or remove the sample") from None
 
@@ -56,7 +59,9 @@ def _decode_jpeg(data: bytes | memoryview) -> np.ndarray | None:
         if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or colours in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
+    except ValueError as error:
+        if is_out_of_memory(error):
+            raise MemoryError("an image") from None
         return None
 
 
@@ -77,6 +82,8 @@ def _decode_any(image: Image.Image) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
     except Exception:  # broken metadata don't make the pixels unusable
         return 1
 

@@ -2,11 +2,15 @@
 
 Beside the shards lies one index for each folder: `index.json` names the shards with their sizes and sample counts;
 `index.bin` holds one fixed-size record for each sample, so that a worker loads only the records of a shard it reads.
+index.json holds a checksum of itself, and one of each block of records in index.bin.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +21,15 @@ import fsspec
 import numpy as np
 
 from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe
-from pipeline.data.tar import RECORD, UNLABELLED, scan_shard
+from pipeline.data.tar import RECORD, UNLABELLED, Scan, scan_shard
 from pipeline.errors import UserError
+from pipeline.lease import Lease, acquire
 
-FORMAT = 2
+FORMAT = 3
+BLOCK = 4096  # records that are read, and checked, together
 INDEX_COMMAND = "python -m pipeline.shards index"
+LEASE_WAIT_SECONDS = 120.0  # for another process that writes the same index, which takes seconds
+Rows = dict[str, tuple[dict[str, Any], np.ndarray]]  # of index.json by the shards' names, with their records
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Shard:
     labels: tuple[int, int]  # smallest and largest; (-1, -1) without labels
     bad: int  # samples without an image or without a label
     index: str  # the folder of its index
+    checks: list[int]  # CRC-32 of each block of its records
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Index:
     columns: np.ndarray  # (shards, 6): nbytes, samples, first_record, smallest and largest label, bad
     folders: list[str]
     folder_numbers: np.ndarray  # (shards,)
+    checks: np.ndarray  # (blocks of all shards,), uint32
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -53,7 +63,9 @@ class Index:
     def shard(self, number: int) -> Shard:
         nbytes, samples, first, low, high, bad = self.columns[number].tolist()
         folder = self.folders[self.folder_numbers[number]]
-        return Shard(self.urls[number], nbytes, samples, first, (low, high), bad, folder)
+        end = int(self._check_ends[number])
+        checks = self.checks[end - blocks_of(samples) : end].tolist()
+        return Shard(self.urls[number], nbytes, samples, first, (low, high), bad, folder, checks)
 
     @property
     def shards(self) -> Iterator[Shard]:
@@ -67,11 +79,20 @@ class Index:
     def samples(self) -> int:
         return int(self.counts.sum())
 
+    @cached_property
+    def _check_ends(self) -> np.ndarray:
+        return np.cumsum(blocks_of(self.counts))  # (shards,)
+
     def identity(self) -> str:
         """A digest of the data, whatever the folder it lies in: names, sizes and sample counts of the shards."""
         digest = hashlib.blake2b(self.columns[:, :2].astype("<i8").tobytes(), digest_size=8)
         digest.update("\n".join(os.path.basename(url) for url in self.urls).encode())
         return digest.hexdigest()
+
+
+def blocks_of(samples: Any) -> Any:
+    """The number of blocks that hold so many records, of one shard or of several (an array)."""
+    return -(-samples // BLOCK)
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
@@ -94,20 +115,28 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
     return expanded
 
 
+@dataclass(frozen=True)
+class Indexed:
+    samples: int
+    missing_ends: int  # shards without an end mark
+
+
 def write_index(
     urls: Sequence[str],
     progress: Any = None,
     processes: int = 1,
     folder: str | None = None,
     limits: ReadConfig | None = None,
-) -> int:
-    """Writes `index.json` and `index.bin` beside the shards (or all to `folder`). Returns the number of samples.
+) -> "Indexed":
+    """Writes `index.json` and `index.bin` beside the shards (or all to `folder`).
 
-    Shards that the index had before, and that are not named now, stay in it. `progress` has a method `update`.
+    Shards that the index had before, and that are not named now, stay in it: of two processes that write the same local
+    index, one waits for the other. In remote folders nothing does that: write their indexes one after the other.
+    `progress` has a method `update`.
 
     Raises:
-        UserError: a bad shard, or a count that differs from `_info.json` or `sizes.json` beside it; nothing is
-            written then.
+        UserError: a bad shard, a count that differs from `_info.json` or `sizes.json` beside it, or an index that
+            is damaged and has other shards, too; nothing is written then.
     """
     urls = expand_urls(list(urls))
     homes = [home_of(url, folder) for url in urls]
@@ -118,10 +147,10 @@ def write_index(
     if len(set(homes)) < len(homes):
         twice = next(url for url, place in zip(urls, homes, strict=True) if homes.count(place) > 1)
         raise UserError(f"{twice}: another shard has the same name, and {folder} can hold only one; index them apart")
-    scanned: list[tuple[int, np.ndarray, int]] = []
+    scanned: list[Scan] = []
     workers = ProcessPoolExecutor(processes) if processes > 1 else None
     try:
-        found: Iterable[Any] = (
+        found: Iterable[Scan] = (
             workers.map(scan_shard, urls, [limits] * len(urls), chunksize=1)
             if workers
             else (scan_shard(url, limits) for url in urls)
@@ -133,24 +162,54 @@ def write_index(
     finally:
         if workers:
             workers.shutdown(cancel_futures=True)
-    tables: dict[str, dict[str, tuple[dict, np.ndarray]]] = {}
-    for (home, name), (nbytes, records, bad) in zip(homes, scanned, strict=True):
-        if home not in tables:
-            tables[home] = _existing(home)
-        labels = records["label"][records["label"] != UNLABELLED]
+    tables: dict[str, Rows] = {}
+    for (home, name), shard in zip(homes, scanned, strict=True):
+        named = tables.setdefault(home, {})
+        labels = shard.records["label"][shard.records["label"] != UNLABELLED]
         low, high = (int(labels.min()), int(labels.max())) if len(labels) else (UNLABELLED, UNLABELLED)
-        row = {"name": name, "nbytes": nbytes, "samples": len(records), "labels": [low, high], "bad": bad}
-        tables[home][name] = row, records
-    for home, shards in tables.items():
-        _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
-    for home, shards in tables.items():
-        first, table = 0, []
-        for row, records in shards.values():
-            table.append({**row, "first_record": first})
-            first += len(records)
-        write_file(f"{home}/index.bin", b"".join(records.tobytes() for _, records in shards.values()))
-        write_file(f"{home}/index.json", json.dumps({"format": FORMAT, "shards": table}, indent=1).encode())
-    return sum(len(records) for _, records, _ in scanned)
+        row = {"name": name, "nbytes": shard.nbytes, "samples": len(shard.records), "labels": [low, high],
+               "bad": shard.bad}  # fmt: skip
+        named[name] = row, shard.records
+    try:
+        with contextlib.ExitStack() as stack:
+            leases = [_lease(home, stack) for home in sorted(tables)]  # between reading and writing, nobody else writes
+            merged = {home: _merged(home, named, limits, beside=folder is None) for home, named in tables.items()}
+            for home, shards in merged.items():
+                _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
+            for lease in leases:
+                if lease is not None:
+                    lease.check()
+            for home, shards in merged.items():
+                _write_table(home, shards)
+    except OSError as error:
+        raise UserError(
+            f"{', '.join(sorted(tables))}: the index can't be written: {error.strerror or error}; free some space, or"
+            " write it elsewhere: index --to FOLDER, and set data.index=FOLDER"
+        ) from None
+    return Indexed(sum(len(shard.records) for shard in scanned), sum(shard.missing_end for shard in scanned))
+
+
+def _lease(home: str, stack: contextlib.ExitStack) -> Lease | None:
+    if not is_local(home):
+        return None
+    os.makedirs(home, exist_ok=True)
+    return stack.enter_context(acquire(home, "index", f"{home}/index.json", LEASE_WAIT_SECONDS))
+
+
+def _write_table(home: str, shards: Rows) -> None:
+    first, table, blocks = 0, [], []
+    for row, records in shards.values():
+        parts = [records[begin : begin + BLOCK].tobytes() for begin in range(0, len(records), BLOCK)]
+        table.append({**row, "first_record": first, "checks": [zlib.crc32(part) for part in parts]})
+        first += len(records)
+        blocks += parts
+    write_file(f"{home}/index.bin", b"".join(blocks))
+    content = {"format": FORMAT, "check": _check_of(table), "shards": table}
+    write_file(f"{home}/index.json", json.dumps(content, indent=1).encode())
+
+
+def _check_of(table: list[dict]) -> str:
+    return hashlib.blake2b(json.dumps(table).encode(), digest_size=8).hexdigest()
 
 
 def home_of(url: str, folder: str | None) -> tuple[str, str]:
@@ -161,42 +220,49 @@ def home_of(url: str, folder: str | None) -> tuple[str, str]:
     return (folder.rstrip("/") if folder else home or "."), name
 
 
-def _existing(home: str) -> dict[str, tuple[dict, np.ndarray]]:
-    """What the index of a folder says of shards that are still there."""
-    kept = {}
+def _merged(home: str, named: Rows, limits: ReadConfig | None, beside: bool) -> Rows:
+    """The rows of `named`, and those that the index of a folder has of other shards that are still there.
+
+    `beside`: the shards lie beside the index.
+
+    Raises:
+        UserError: rows of other shards can't be read, and so would be lost.
+    """
+    source = Source(limits or ReadConfig())
     try:
-        with fsspec.open(f"{home}/index.json", "rb") as file:
-            table = json.load(file)["shards"]
-        with fsspec.open(f"{home}/index.bin", "rb") as file:
-            records = np.frombuffer(file.read(), dtype=RECORD)
-        for row in table:
-            rows = records[row["first_record"] : row["first_record"] + row["samples"]]
-            path = f"{home}/{row['name']}"
-            if len(rows) == row["samples"] and (not is_local(path) or os.path.exists(path)):
-                kept[row["name"]] = row, rows
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return kept
+        table = _read_table(home, source)
+    except FileNotFoundError:
+        return named
+    except UserError as error:
+        if not (beside and is_local(home)):  # nobody knows which shards it had
+            raise UserError(f"{error}; or remove it and index all of its shards again") from None
+        others = {os.path.basename(path) for path in glob.glob(f"{glob.escape(home)}/*.tar")} - set(named)
+        if others:
+            raise UserError(f"{error} (it may have shards that are not named now, such as {min(others)})") from None
+        return named
+    rows: Rows = {}
+    for name, row in table.items():
+        if name in named:
+            rows[name] = named[name]
+        elif not is_local(f"{home}/{name}") or os.path.exists(f"{home}/{name}"):
+            shard = Shard(
+                name, row["nbytes"], row["samples"], row["first_record"], row["labels"], row["bad"], home, row["checks"]
+            )
+            rows[name] = row, load_records(shard, source.read)
+    return {**rows, **named}
 
 
 def _cross_check(home: str, counts: dict[str, int]) -> None:
     """Compares with what timm (`_info.json`) and open_clip (`sizes.json`) have counted, where that lies there."""
     claims: dict[str, dict[str, int]] = {}
-    try:
-        with fsspec.open(f"{home}/sizes.json", "rb") as file:
-            claims["sizes.json"] = {str(name): int(count) for name, count in json.load(file).items()}
-    except FileNotFoundError:
-        pass
-    try:
-        with fsspec.open(f"{home}/_info.json", "rb") as file:
-            splits = json.load(file)["splits"].values()
-        claims["_info.json"] = {
-            name: int(count)
-            for split in splits
-            for name, count in zip(split["filenames"], split["shard_lengths"], strict=True)
-        }
-    except FileNotFoundError:
-        pass
+    for source, counts_in in (("sizes.json", _open_clip_counts), ("_info.json", _timm_counts)):
+        try:
+            with fsspec.open(f"{home}/{source}", "rb") as file:
+                claims[source] = counts_in(json.load(file))
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{home}/{source}: no readable sample counts; mend or remove it") from None
     for source, claimed in claims.items():
         for name, count in claimed.items():
             if name in counts and counts[name] != count:
@@ -206,16 +272,42 @@ def _cross_check(home: str, counts: dict[str, int]) -> None:
                 )
 
 
+def _open_clip_counts(content: Any) -> dict[str, int]:
+    return {str(name): int(count) for name, count in content.items()}
+
+
+def _timm_counts(content: Any) -> dict[str, int]:
+    return {
+        name: int(count)
+        for split in content["splits"].values()
+        for name, count in zip(split["filenames"], split["shard_lengths"], strict=True)
+    }
+
+
 def write_file(url: str, data: bytes) -> None:
     """Writes so that nobody reads half a file: a local one is renamed when it is whole, an object appears then."""
     if not is_local(url):
         filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.pipe_file(path, data)
         return
-    os.makedirs(os.path.dirname(url) or ".", exist_ok=True)
+    folder = os.path.dirname(url) or "."
+    os.makedirs(folder, exist_ok=True)
     with open(url + ".part", "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(url + ".part", url)
+    sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+    """Makes renames in a local folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems can't, and don't need it
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_index(
@@ -231,13 +323,17 @@ def load_index(
     sizes = file_sizes(listed, source) if check_sizes else [None] * len(listed)
     tables: dict[str, dict[str, dict]] = {}
     columns = np.empty((len(listed), 6), dtype=np.int64)
+    checks: list[int] = []
     numbers = np.empty(len(listed), dtype=np.int32)
     for place, (url, size) in enumerate(zip(listed, sizes, strict=True)):
         home, name = home_of(url, folder)
         if home not in tables:
-            tables[home] = _read_table(home, url, source)
+            try:
+                tables[home] = _read_table(home, source)
+            except FileNotFoundError as error:
+                raise UserError(f"{url}: no index beside it ({error}); {_rewrite(home)}") from None
         row = tables[home].get(name)
-        command = f"run: {INDEX_COMMAND} '{home}/*.tar'"
+        command = _rewrite(home)
         if size == 0:
             raise UserError(f"{url}: empty file; write the shard anew")
         if row is None:
@@ -249,8 +345,9 @@ def load_index(
                 f" or if the change is meant, {command}"
             )
         columns[place] = row["nbytes"], row["samples"], row["first_record"], *row["labels"], row["bad"]
+        checks += row["checks"]
         numbers[place] = list(tables).index(home)
-    return Index(listed, columns, list(tables), numbers)
+    return Index(listed, columns, list(tables), numbers, np.array(checks, dtype=np.uint32))
 
 
 def file_sizes(urls: list[str], source: Source) -> list[int | None]:
@@ -272,17 +369,30 @@ def file_sizes(urls: list[str], source: Source) -> list[int | None]:
         return list(threads.map(ask, urls))
 
 
-def _read_table(home: str, url: str, source: Source) -> dict[str, dict]:
+def _rewrite(home: str) -> str:
+    return f"run: {INDEX_COMMAND} '{home}/*.tar'"
+
+
+def _read_table(home: str, source: Source) -> dict[str, dict]:
+    """The rows of index.json by the names of their shards.
+
+    Raises:
+        UserError: damaged, or of another format.
+        FileNotFoundError: there is none.
+    """
     path = f"{home}/index.json"
     try:
-        table = json.loads(_read_all(path, source))
-        if table["format"] != FORMAT:
-            raise ValueError
-        return {row["name"]: row for row in table["shards"]}
+        content = json.loads(_read_all(path, source))
+        found, table = content["format"], content["shards"]
+        if found == FORMAT and content["check"] == _check_of(table):
+            return {row["name"]: row for row in table}
     except FileNotFoundError:
-        raise UserError(f"{url}: no index beside it ({path}); run: {INDEX_COMMAND} '{home}/*.tar'") from None
+        raise FileNotFoundError(path) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a readable index; run: {INDEX_COMMAND} '{home}/*.tar'") from None
+        found = FORMAT
+    if found != FORMAT:
+        raise UserError(f"{path}: written in format {found}, expected {FORMAT}; {_rewrite(home)}")
+    raise UserError(f"{path}: damaged: its content does not match its checksum; {_rewrite(home)}")
 
 
 def _read_all(path: str, source: Source) -> bytes:
@@ -294,16 +404,39 @@ def _read_all(path: str, source: Source) -> bytes:
             if "not found" in str(error):
                 raise FileNotFoundError(path) from None
             raise
-    with fsspec.open(path, "rb") as file:
-        return file.read()
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
-def load_records(shard: Shard, read: Read | None = None, begin: int = 0, end: int | None = None) -> np.ndarray:
-    """The records of one shard's samples, or of `begin` to `end` of them, read by `read`."""
-    first = shard.first_record + begin
-    count = (shard.samples if end is None else end) - begin
-    read = read or Source().read
-    data = read(f"{shard.index}/index.bin", first * RECORD.itemsize, count * RECORD.itemsize)
+def load_records(shard: Shard, read: Read | None = None, block: int | None = None) -> np.ndarray:
+    """The records of one shard's samples, or those of one block of them, read by `read`.
+
+    Raises:
+        UserError: they can't be read, or don't match their checksums.
+    """
+    blocks = range(blocks_of(shard.samples)) if block is None else range(block, block + 1)
+    begin, end = blocks.start * BLOCK, min(blocks.stop * BLOCK, shard.samples)
+    path, size = f"{shard.index}/index.bin", RECORD.itemsize
+    try:
+        data = (read or Source().read)(path, (shard.first_record + begin) * size, (end - begin) * size)
+    except UserError as error:
+        for reason in ("not found", "truncated"):
+            if reason in str(error):
+                raise UserError(f"{path}: {reason}; {_rewrite(shard.index)}") from None
+        raise
+    for place, number in enumerate(blocks):
+        part = memoryview(data)[place * BLOCK * size : (place + 1) * BLOCK * size]
+        if zlib.crc32(part) != shard.checks[number]:
+            raise UserError(
+                f"{path}: damaged between bytes {(shard.first_record + number * BLOCK) * size} and"
+                f" {(shard.first_record + number * BLOCK) * size + len(part)}: the records of {shard.url} don't match"
+                f" their checksum in index.json; {_rewrite(shard.index)}"
+            )
     return np.frombuffer(data, dtype=RECORD)
 
 

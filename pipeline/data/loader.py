@@ -22,7 +22,7 @@ from pipeline.data.order import AUGMENT, KeyedGenerator, Order, Plan, auto_lanes
 from pipeline.data.reader import OrderedSamples, ResampledSamples, Sample
 from pipeline.data.source import ReadConfig, Source, read_board
 from pipeline.data.workers import Workers
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, UserError, is_out_of_memory
 from pipeline.options import option
 from pipeline.runtime import Ranks, settle_signals
 
@@ -191,6 +191,14 @@ class Reader:
             yield from self._parts(samples, self._lanes(part, parts))
         except UserError as error:
             yield error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            yield UserError(
+                f"rank {self.stream.ranks.rank}, data worker {part} of {parts}: out of host memory at"
+                f" {str(error) or 'reading'}; set data.workers (now {parts} of each rank) or data.shuffle_pool lower,"
+                " or give the job more memory"
+            )
         finally:
             samples.close()
 
@@ -225,13 +233,18 @@ class Reader:
                 if found is not None:
                     sample, epoch = found
                     keys[number] = sample.where
-                    if decoded[0] != (row.lane, row.position):
-                        decoded = None, None  # its memory is used again at once
-                        decoded = (row.lane, row.position), self._decoded(sample)
-                    if decoded[1] is not None:
-                        pixels[number] = self._augmented(decoded[1], sample, epoch, row.copy)
-                        labels[number], valid[number] = sample.label, True
-                        continue
+                    try:
+                        if decoded[0] != (row.lane, row.position):
+                            decoded = None, None  # its memory is used again at once
+                            decoded = (row.lane, row.position), self._decoded(sample)
+                        if decoded[1] is not None:
+                            pixels[number] = self._augmented(decoded[1], sample, epoch, row.copy)
+                            labels[number], valid[number] = sample.label, True
+                            continue
+                    except Exception as error:
+                        if is_out_of_memory(error) and not isinstance(error, UserError):
+                            raise MemoryError(sample.where) from error  # no fault of the sample's
+                        raise
                     bad.append((sample.where, sample.bad or ""))
                 pixels[number] = 0
             yield Part(slot, labels, valid, keys, bad)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.data.index import INDEX_COMMAND, load_index, load_records, read_classes
 from pipeline.data.source import Source
-from pipeline.data.tar import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, RECORD, parse_tar, sample_digest
+from pipeline.data.tar import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, RECORD, sample_digest, strict_samples
 from pipeline.errors import UserError
 
 
@@ -123,9 +123,9 @@ class Samples:
 def parse_run(data: bytes, record: Any) -> tuple[list[dict[str, Any]], str | None]:
     """Parses the byte range of one record: the samples in it, and what is wrong if it isn't just the indexed one."""
     try:
-        samples = list(parse_tar(data, ""))
-    except Exception as error:  # a tar reader can raise anything on damaged bytes
-        return [], f"no readable tar members ({str(error).strip() or type(error).__name__}); restore the shard"
+        samples = strict_samples(data, "", int(record["offset"]))
+    except UserError as error:
+        return [], str(error).removeprefix(": ")
     if len(samples) == 1 and sample_digest(samples[0]) == int(record["digest"]):
         return samples, None
     found = " and ".join(

@@ -32,7 +32,7 @@ def in_processes(function: Callable, tasks: Sequence[tuple], processes: int | No
     Close the iterator (contextlib.closing) to give up the rest.
 
     Raises:
-        UserError: what a function raised, a process was killed, or `processes` is below 1.
+        UserError: what a function raised, a process was killed or ran out of memory, or `processes` is below 1.
     """
     if not tasks:
         return
@@ -49,6 +49,8 @@ def in_processes(function: Callable, tasks: Sequence[tuple], processes: int | No
             futures = [executor.submit(function, *task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
+    except MemoryError:
+        raise UserError("a worker process ran out of memory; start again with fewer --processes") from None
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?); start again with fewer --processes") from None
     finally:

@@ -10,21 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.index import INDEX_COMMAND, Index, Shard, load_records
+from pipeline.data.archive import Archive
+from pipeline.data.index import BLOCK, INDEX_COMMAND, Index, Shard, load_records
 from pipeline.data.order import RESAMPLE, WINDOW, Order, Piece, Window, random_order
 from pipeline.data.source import Data, Read, Source
 from pipeline.data.tar import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
+    UNLABELLED,
     StreamFile,
+    grouped,
     label_of,
-    parse_stream,
+    leaves_folder,
     parse_tar,
     sample_digest,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_out_of_memory
 
-BLOCK = 4096  # records that are fetched together
 CACHED_BLOCKS = 256
 
 
@@ -39,12 +41,17 @@ class Sample:
     bad: str | None = None
 
 
-def to_sample(members: dict[str, Any], url: str, key: tuple[int, int], num_classes: int) -> Sample:
-    """Takes image and class from a sample's members; whatever is wrong with them makes it a bad sample."""
+def to_sample(
+    members: dict[str, Any], url: str, key: tuple[int, int], num_classes: int, indexed: int | None = None
+) -> Sample:
+    """Takes image and class from a sample's members; whatever is wrong with them makes it a bad sample.
+
+    `indexed` is the label that the index has.
+    """
     name = members["__key__"]
     sample = Sample(f"{url}: sample {name}", key)
     suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
-    if name.startswith("/") or ".." in name.split("/"):
+    if leaves_folder(name):
         sample.bad = "its name leaves the shard's folder"
     elif suffix is None:
         found = ", ".join(sorted(k for k in members if not k.startswith("__")))
@@ -53,11 +60,20 @@ def to_sample(members: dict[str, Any], url: str, key: tuple[int, int], num_class
         try:
             sample.label = label_of(members, sample.where)
             sample.image = members[suffix]
-            if sample.label >= num_classes:
+            if indexed is not None and sample.label != indexed:
+                sample.bad = differing_label(sample.label, indexed)
+            elif sample.label >= num_classes:
                 sample.bad = f"label {sample.label} is out of range for model.num_classes={num_classes}"
         except UserError as error:
             sample.bad = str(error).removeprefix(f"{sample.where}: ")
     return sample
+
+
+def differing_label(found: int, indexed: int) -> str:
+    return (
+        f"label {found}, the index says {'none' if indexed == UNLABELLED else indexed}; restore the shard, or if it was"
+        f" changed on purpose, run: {INDEX_COMMAND}"
+    )
 
 
 Fetched = tuple[Piece, Shard, np.ndarray, Data | UserError]  # a part of a window: its records, and its bytes
@@ -135,10 +151,17 @@ class OrderedSamples:
             return piece, shard, rows, read(shard.url, start, nbytes)
         except UserError as error:
             return piece, shard, rows, error
+        except MemoryError:
+            raise MemoryError(f"{shard.url}, samples {piece.begin} to {piece.end - 1} ({nbytes} bytes)") from None
 
     def _parse_window(self, window: Window, fetched: list[Fetched]) -> list[Sample | None]:
         """The window's samples in the order in which they are used."""
-        line = [sample for piece in fetched for sample in self._parse_piece(*piece)]
+        line: list[Sample] = []
+        for piece, shard, rows, data in fetched:
+            try:
+                line += self._parse_piece(piece, shard, rows, data)
+            except MemoryError:
+                raise MemoryError(f"{shard.url}, samples {piece.begin} to {piece.end - 1}") from None
         return [line[place] for place in self.order.shuffled(window)]
 
     def _parse_piece(self, piece: Piece, shard: Shard, rows: np.ndarray, data: Data | UserError) -> list[Sample]:
@@ -147,7 +170,11 @@ class OrderedSamples:
             return [self._bad(shard, row, key, str(data)) for row, key in zip(rows, keys, strict=True)]
         found = self._parse(data, shard.url)
         if [sample_digest(members) for members in found] == rows["digest"].tolist():
-            return [to_sample(m, shard.url, key, self.num_classes) for m, key in zip(found, keys, strict=True)]
+            labels = rows["label"].tolist()
+            return [
+                to_sample(members, shard.url, key, self.num_classes, label)
+                for members, key, label in zip(found, keys, labels, strict=True)
+            ]
         # Something in it differs from the index: look at each sample on its own, so that none is lost beside it.
         return [self._read_one(shard, row, key) for row, key in zip(rows, keys, strict=True)]
 
@@ -159,14 +186,14 @@ class OrderedSamples:
         except UserError as error:
             return self._bad(shard, row, key, str(error))
         if len(found) == 1 and sample_digest(found[0]) == row["digest"]:
-            return to_sample(found[0], shard.url, key, self.num_classes)
+            return to_sample(found[0], shard.url, key, self.num_classes, int(row["label"]))
         message = f"damaged at byte {row['offset']}: not the indexed sample; run: python -m pipeline.shards verify"
         return self._bad(shard, row, key, f"{message} {shard.url} (or, if it was changed on purpose, {INDEX_COMMAND})")
 
     def _parse(self, data: Data, url: str) -> list[dict[str, Any]]:
         try:
-            return list(parse_tar(data, url))
-        except Exception:  # whatever a tar reader makes of damaged bytes
+            return parse_tar(data, url)
+        except UserError:  # damaged
             return []
 
     def _bad(self, shard: Shard, row: np.ndarray, key: tuple[int, int], reason: str) -> Sample:
@@ -180,7 +207,7 @@ class OrderedSamples:
             with self.lock:
                 found = self.blocks.get((number, block))
             if found is None:
-                found = load_records(shard, read, block * BLOCK, min((block + 1) * BLOCK, shard.samples))
+                found = load_records(shard, read, block)
                 with self.lock:
                     self.blocks[number, block] = found
                     if len(self.blocks) > CACHED_BLOCKS:
@@ -232,14 +259,22 @@ class ResampledSamples:
             number = 0
             try:
                 file = BufferedReader(StreamFile(self.source.stream(url)), 1 << 16)
-                for number, members in enumerate(parse_stream(file, url)):
-                    yield to_sample(members, url, (self.first + draw, number), self.num_classes)
-                    failures = 0
-            except Exception as error:  # the rest of this shard is lost: said once, as one bad sample
+                archive = Archive(file, url, self.source.limits.allow_missing_end)
+                for found in grouped(archive, lambda suffix, nbytes: nbytes <= MAX_SAMPLE_BYTES):
+                    members = {"__key__": found.key, **found.contents}
+                    sample = to_sample(members, url, (self.first + draw, number), self.num_classes)
+                    if len(found.contents) < len(found.sizes):
+                        sample.bad = f"larger than {MAX_SAMPLE_BYTES} bytes"
+                    yield sample
+                    number, failures = number + 1, 0
+            except (UserError, OSError) as error:  # the rest of this shard is lost: said once, as one bad sample
+                if is_out_of_memory(error):
+                    raise
+                reason = str(error).removeprefix(f"{url}: ")
                 failures += 1
                 if failures > 100:
                     raise UserError(
-                        f"{url}: the last 100 shards that were drawn failed; the last one by: {error}"
+                        f"{url}: the last 100 shards that were drawn failed; the last one by: {reason}"
                     ) from None
-                yield Sample(f"{url}: from sample {number} on", (self.first + draw, number), bad=str(error))
+                yield Sample(f"{url}: from sample {number} on", (self.first + draw, number), bad=reason)
             draw += 1

@@ -4,6 +4,7 @@ Local paths, `http(s)://` (urllib3), `pipe:` commands, and everything that fsspe
 """
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -39,6 +40,9 @@ class ReadConfig:
     timeout_seconds: float = option(30.0, "longest silence of a source before the read is tried again", may_change=True)
     deadline_seconds: float = option(300.0, "longest time for one read with all its repetitions", may_change=True)
     allow_pipe: bool = option(False, "run the commands of `pipe:` URLs (a shell, with your rights)", may_change=True)
+    allow_missing_end: bool = option(
+        False, "accept tars that end without two blocks of zeros, but not inside a member", may_change=True
+    )
     threads: int = option(4, "reads that a worker has in flight, ahead of what it decodes", may_change=True)
 
     def __post_init__(self) -> None:
@@ -171,9 +175,11 @@ class Source:
                 raise UserError(f"{url}: shard not found; check data.train and data.val") from None
             except (Refused, PermissionError, ImportError, ValueError) as error:
                 raise UserError(f"{url}: {error}") from None
-            except UserError:
+            except (UserError, MemoryError):
                 raise
             except Exception as error:  # each library of fsspec's has its own kinds
+                if getattr(error, "errno", None) == errno.ENOMEM:
+                    raise MemoryError(url) from None
                 if reached() > before:  # the source gives something: start the back-off anew
                     pause, before = 0.2, reached()
                 if time.monotonic() + pause > end or url in self.given_up:

@@ -7,13 +7,14 @@ import hashlib
 import io
 import os
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 import numpy as np
 
+from pipeline.data.archive import Archive, Member
 from pipeline.data.source import Data, ReadConfig, Source, is_local, is_pipe
 from pipeline.errors import UserError
 
@@ -23,21 +24,32 @@ RECORD = np.dtype([("offset", "<u8"), ("nbytes", "<u4"), ("label", "<i4"), ("dig
 PLAIN_NAME = re.compile(rb"(?!__)(?=[ -~]{1,100}\0)((?:[^\0]*/)?[^.\0/]+)\.([^/\0]*)\0")
 PAX_TIMES = re.compile(rb"(?:\d+ [amc]time=[\d.]+\n)+")  # a header that changes neither name nor size
 MAX_SAMPLE_BYTES = 1 << 28  # a larger sample is not read: it is a bad one
+MAX_LABEL_BYTES = 64  # of a member cls
 UNLABELLED = -1
 
 
-def parse_tar(data: Data, url: str) -> Iterator[dict[str, Any]]:
-    """Samples of a run of whole tar members, by webdataset's own conventions: {"__key__": ..., "png": bytes, ...}."""
+def parse_tar(data: Data, url: str) -> list[dict[str, Any]]:
+    """Samples of a run of whole tar members, by webdataset's conventions: {"__key__": ..., "png": bytes, ...}.
+
+    Raises:
+        UserError: damaged headers.
+    """
     samples = plain_samples(data)
-    return parse_stream(io.BytesIO(data), url) if samples is None else iter(samples)
+    return strict_samples(data, url) if samples is None else samples
+
+
+def strict_samples(data: Data, url: str, origin: int = 0) -> list[dict[str, Any]]:
+    """The same of any kind of tar. Checks each header's checksum, too; `origin` is where `data` begins in the file."""
+    archive = Archive(io.BytesIO(data), url, allow_missing_end=True, origin=origin)
+    return [{"__key__": found.key, **found.contents} for found in grouped(archive, lambda suffix, nbytes: True)]
 
 
 def plain_samples(data: Data) -> list[dict[str, Any]] | None:
     """The samples of a run of plain ustar files, as webdataset's writer makes them; None where anything else is there.
 
     Their members are views of `data`. webdataset's own stages take 80 us a sample for the same (150 with times in pax
-    headers, as its writer leaves them), a fifth of a small image's decoding; what is read is compared with the index,
-    so a damaged header shows.
+    headers, as its writer leaves them), a fifth of a small image's decoding. Header checksums are not verified: what is
+    read is compared with the index, so a damaged name or size shows.
     """
     samples: list[dict[str, Any]] = []
     sample: dict[str, Any] = {}
@@ -48,7 +60,10 @@ def plain_samples(data: Data) -> list[dict[str, Any]] | None:
         if header[257:262] != b"ustar" or header[345:346] != b"\0" or not size.isdigit():  # 345: a prefix to the name
             return None
         begin += 512
-        end = begin + int(size, 8)
+        try:
+            end = begin + int(size, 8)
+        except ValueError:  # 8 and 9 are digits, too
+            return None
         if end > len(data):
             return None
         if kind == b"0":
@@ -56,11 +71,9 @@ def plain_samples(data: Data) -> list[dict[str, Any]] | None:
             if found is None:
                 return None
             key, suffix = found[1].decode(), found[2].decode().lower()
-            if key != sample.get("__key__"):
+            if key != sample.get("__key__") or suffix in sample:
                 sample = {"__key__": key}
                 samples.append(sample)
-            elif suffix in sample:
-                return None
             sample[suffix] = view[begin:end]
         elif kind != b"x" or not PAX_TIMES.fullmatch(data, begin, end):
             return None
@@ -68,11 +81,46 @@ def plain_samples(data: Data) -> list[dict[str, Any]] | None:
     return samples
 
 
-def parse_stream(file: Any, url: str) -> Iterator[dict[str, Any]]:
-    """The same of an open file."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+@dataclass(slots=True)
+class Found:
+    """A sample in a tar."""
 
-    return group_by_keys({**member, "__url__": url} for member in tar_file_iterator(file))
+    key: str
+    begin: int  # the first byte of its first member's headers
+    end: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)  # by suffix
+    contents: dict[str, bytes] = field(default_factory=dict)  # of those members that were read
+
+
+def grouped(archive: Archive, wanted: Callable[[str, int], bool]) -> Iterator[Found]:
+    """Joins adjacent members with the same key; reads those whose suffix and size are `wanted`.
+
+    A suffix that comes again starts another sample with the same key.
+    """
+    sample: Found | None = None
+    for member in archive:
+        key, suffix = member_key(member)
+        if key is None:
+            continue
+        if sample is None or key != sample.key or suffix in sample.sizes:
+            if sample is not None:
+                yield sample
+            sample = Found(key, member.begin)
+        sample.sizes[suffix], sample.end = member.nbytes, member.end
+        if wanted(suffix, member.nbytes):
+            sample.contents[suffix] = archive.read(member)
+    if sample is not None:
+        yield sample
+
+
+def member_key(member: Member) -> tuple[str | None, str]:
+    """Key and suffix of a member as webdataset splits its name; no key where webdataset passes over it."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, suffix = base_plus_ext(member.name)
+    if not member.is_file or key is None or re.match(r"__[^/]*__($|/)", member.name):
+        return None, ""
+    return key, suffix.lower()
 
 
 def sample_digest(sample: dict[str, Any]) -> int:
@@ -95,11 +143,22 @@ def label_of(sample: dict[str, Any], where: str) -> int:
     """
     if "cls" not in sample:
         raise UserError(f"{where}: no label; expected a member cls with the class as a whole number")
-    text = bytes(sample["cls"]).strip()
-    if not text.isdigit() or len(text) > 9:
-        found = text[:40].decode(errors="replace")
+    label = label_in(sample["cls"])
+    if label == UNLABELLED:
+        found = bytes(sample["cls"][:40]).decode(errors="replace")
         raise UserError(f"{where}: the member cls holds {found!r}, expected the class as a whole number")
-    return int(text)
+    return label
+
+
+def label_in(content: bytes | memoryview) -> int:
+    """The class in a member `cls`; UNLABELLED where there is none."""
+    text = bytes(content).strip() if len(content) <= MAX_LABEL_BYTES else b""
+    return int(text) if text.isdigit() and len(text) <= 9 else UNLABELLED
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a member of that name would be unpacked outside of its folder."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 class RangeFile(io.RawIOBase):
@@ -146,88 +205,56 @@ class StreamFile(io.RawIOBase):
         return count
 
 
-def scan_shard(url: str, limits: ReadConfig | None = None) -> tuple[int, np.ndarray, int]:
+@dataclass(frozen=True)
+class Scan:
+    """What one shard holds."""
+
+    nbytes: int
+    records: np.ndarray  # (N,), RECORD
+    bad: int  # samples that lack an image or a readable class
+    missing_end: bool
+
+
+def scan_shard(url: str, limits: ReadConfig | None = None) -> Scan:
     """Reads one shard's headers and classes (all of it, where it can only be streamed).
 
-    Returns its size, its records and the number of its samples that lack an image or a readable class.
-
     Raises:
-        UserError: missing, empty, truncated, no tar, or without a sample that has an image.
+        UserError: missing, empty, damaged, no tar, or without a sample that has an image.
     """
-    source = Source(limits or ReadConfig())
+    limits = limits or ReadConfig()
+    source = Source(limits)
     if is_pipe(url):
         stream = StreamFile(source.stream(url))
-        records, bad = _scan(url, io.BufferedReader(stream, 1 << 20), "r|", None)
-        while stream.read(1 << 20):  # what follows the tar's end mark belongs to the file's size
-            pass
-        return stream.nbytes, records, bad
+        archive = Archive(io.BufferedReader(stream, 1 << 20), url, limits.allow_missing_end)
+        records, bad = _scan(url, archive)
+        return Scan(stream.nbytes, records, bad, archive.missing_end)
     nbytes = source.size(url)
     if nbytes == 0:
         raise UserError(f"{url}: empty file; write the shard anew")
-    if is_local(url):
-        with open(url, "rb") as local:
-            return nbytes, *_scan(url, local, "r:", nbytes)
-    return nbytes, *_scan(url, io.BufferedReader(RangeFile(source, url, nbytes), 1 << 20), "r:", nbytes)
+    try:
+        with open(url, "rb") if is_local(url) else io.BufferedReader(RangeFile(source, url, nbytes), 1 << 20) as file:
+            archive = Archive(file, url, limits.allow_missing_end)
+            records, bad = _scan(url, archive)
+    except OSError as error:
+        raise UserError(f"{url}: can't be read: {error.strerror or error}") from None
+    return Scan(nbytes, records, bad, archive.missing_end)
 
 
-def member_key(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Key and suffix of a member as webdataset splits its name; no key where webdataset passes over it."""
-    from webdataset.tariterators import base_plus_ext
-
-    key, suffix = base_plus_ext(member.name)
-    if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
-        return None, ""
-    return key, suffix.lower()
-
-
-def _scan(url: str, file: Any, mode: str, nbytes: int | None) -> tuple[np.ndarray, int]:
+def _scan(url: str, archive: Archive) -> tuple[np.ndarray, int]:
     rows: list[tuple[int, int, int, int]] = []
     lacking: list[str] = []
-    key: str | None = None
-    sizes: dict[str, int] = {}
-    label, begin, end = UNLABELLED, 0, 0
-
-    def finish() -> None:
-        where = f"{url}: sample {key}"
-        if not any(suffix in sizes for suffix in IMAGE_SUFFIXES):
+    for sample in grouped(archive, lambda suffix, nbytes: suffix == "cls" and nbytes <= MAX_LABEL_BYTES):
+        where, label = f"{url}: sample {sample.key}", label_in(sample.contents.get("cls", b""))
+        if not any(suffix in sample.sizes for suffix in IMAGE_SUFFIXES):
             lacking.append(
-                f"{where}: no image among its members ({', '.join(sorted(sizes))}); expected one of"
+                f"{where}: no image among its members ({', '.join(sorted(sample.sizes))}); expected one of"
                 f" {', '.join(IMAGE_SUFFIXES)}"
             )
         elif label == UNLABELLED:
             lacking.append(f"{where}: no label; expected a member cls with the class as a whole number")
-        stored = end - begin if end - begin <= MAX_SAMPLE_BYTES else 0
-        rows.append((begin, stored, label, digest_of(str(key), sizes)))
-
-    try:
-        with tarfile.open(fileobj=file, mode=mode) as tar:  # type: ignore[call-overload]
-            position = 0
-            for member in tar:
-                following = member.offset_data + (member.size + 511) // 512 * 512
-                if nbytes is not None and following > nbytes:
-                    raise UserError(
-                        f"{url}: truncated at byte {nbytes}: the member {member.name} ends at {following};"
-                        " copy or write the shard anew"
-                    )
-                stem, suffix = member_key(member)
-                if stem is not None:
-                    if stem != key or suffix in sizes:
-                        if key is not None:
-                            finish()
-                        key, sizes, label, begin = stem, {}, UNLABELLED, position
-                    sizes[suffix] = member.size
-                    end = following
-                    if suffix == "cls" and member.size < 64:
-                        content = tar.extractfile(member)
-                        assert content is not None
-                        text = content.read().strip()
-                        label = int(text) if re.fullmatch(rb"\d{1,9}", text) else UNLABELLED
-                position = following
-                tar.members = []  # or a large shard's headers pile up
-            if key is not None:
-                finish()
-    except tarfile.TarError as error:
-        raise UserError(f"{url}: no readable tar: {error}; write the shard anew") from None
+        nbytes = sample.end - sample.begin
+        digest = digest_of(sample.key, sample.sizes)
+        rows.append((sample.begin, nbytes if nbytes <= MAX_SAMPLE_BYTES else 0, label, digest))
     if not rows:
         raise UserError(f"{url}: a tar without samples; expected members such as 000001.jpg and 000001.cls")
     if len(lacking) == len(rows):

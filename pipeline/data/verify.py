@@ -1,6 +1,7 @@
 """Reads and decodes all samples of shards, and holds them against their index."""
 
 import contextlib
+import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,12 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.archive import Archive
 from pipeline.data.decode import decode
-from pipeline.data.index import Shard, load_index, load_records, read_classes
+from pipeline.data.index import INDEX_COMMAND, Shard, load_index, load_records, read_classes
 from pipeline.data.origins import parse_run
 from pipeline.data.parallel import check_stop, in_processes
-from pipeline.data.source import Source
-from pipeline.data.tar import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, label_of
+from pipeline.data.source import ReadConfig, Source
+from pipeline.data.tar import (
+    IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
+    RangeFile,
+    digest_of,
+    grouped,
+    label_of,
+    leaves_folder,
+)
 from pipeline.errors import UserError
 
 BLOCK_NBYTES = 64 << 20  # read at once
@@ -28,6 +38,7 @@ class ShardReport:
     keys: list[str] = field(default_factory=list)
     labels: Counter[int] = field(default_factory=Counter)  # -1: none
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) in pixels
+    missing_end: bool = False
 
     def add(self, key: str | None, reason: str) -> None:
         reason = reason.removeprefix(f"{self.shard.url}: ").removeprefix(f"sample {key}: ")
@@ -35,11 +46,16 @@ class ShardReport:
 
 
 def verify_shards(
-    urls: list[str], processes: int | None, progress: Any = None, index: str | None = None
+    urls: list[str],
+    processes: int | None,
+    progress: Any = None,
+    index: str | None = None,
+    allow_missing_end: bool = False,
 ) -> dict[str, Any]:
     """Everything that is bad, and a summary: "bad", "duplicate_keys", "shards", "samples", "labels", "sizes".
 
-    `index` is the folder of their index; by default it lies beside them.
+    `index` is the folder of their index; by default it lies beside them. With `allow_missing_end`, shards without an
+    end mark are not bad, but counted: "missing_ends".
 
     Raises:
         UserError: there is no index, or it doesn't know a shard.
@@ -48,7 +64,7 @@ def verify_shards(
     classes = read_classes(urls)
     if progress is not None:
         progress.reset(total=sum(shard.samples for shard in shards))
-    tasks = [(shard, len(classes) if classes else None) for shard in shards]
+    tasks = [(shard, len(classes) if classes else None, allow_missing_end) for shard in shards]
     reports: dict[str, ShardReport] = {}
     with contextlib.closing(in_processes(verify_shard, tasks, processes)) as results:
         for report in results:
@@ -64,6 +80,7 @@ def verify_shards(
         "samples": sum(shard.samples for shard in shards),
         "bad": [row for report in ordered for row in report.bad],
         "duplicate_keys": duplicate_keys(ordered),
+        "missing_ends": sum(report.missing_end for report in ordered),
         "labels": [
             {"label": label, "name": classes[label] if classes and label >= 0 else None, "samples": labels[label]}
             for label in sorted(labels)
@@ -87,12 +104,16 @@ def duplicate_keys(reports: list[ShardReport]) -> list[dict[str, Any]]:
     return [{"key": key, "shards": urls} for key, urls in places.items()]
 
 
-def verify_shard(shard: Shard, classes: int | None) -> ShardReport:
-    """Checks each sample by itself, so that one bad sample hides no other. `classes` is the number of class names."""
+def verify_shard(shard: Shard, classes: int | None, allow_missing_end: bool) -> ShardReport:
+    """Checks each sample by itself, so that one bad sample hides no other, then all bytes that belong to none.
+
+    `classes` is the number of class names.
+    """
     report = ShardReport(shard)
+    source = Source(ReadConfig(allow_missing_end=allow_missing_end))
     try:
-        nbytes = Source().size(shard.url)
-        Source().read(shard.url, 0, min(nbytes, 1))
+        nbytes = source.size(shard.url)
+        source.read(shard.url, 0, min(nbytes, 1))
         records = load_records(shard)
         if nbytes == 0:
             raise UserError(f"{shard.url}: empty file")
@@ -117,6 +138,7 @@ def verify_shard(shard: Shard, classes: int | None) -> ShardReport:
             check_sample(samples[0], record, classes, report)
         except UserError as error:
             report.add(key, str(error))
+    check_rest(source, shard, records, nbytes, report)
     found = (min(report.labels, default=-1), max(report.labels, default=-1))
     if not report.bad and found != tuple(shard.labels):
         report.add(None, f"labels {found[0]} to {found[1]}, the index says {shard.labels[0]} to {shard.labels[1]}")
@@ -125,6 +147,8 @@ def verify_shard(shard: Shard, classes: int | None) -> ShardReport:
 
 def check_sample(sample: dict[str, Any], record: Any, classes: int | None, report: ShardReport) -> None:
     where = f"{report.shard.url}: sample {sample['__key__']}"
+    if leaves_folder(sample["__key__"]):
+        raise UserError("its name leaves the shard's folder")
     encoded = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
     if encoded is None:
         raise UserError(f"no image among its members; expected one of {', '.join(IMAGE_SUFFIXES)}")
@@ -136,6 +160,36 @@ def check_sample(sample: dict[str, Any], record: Any, classes: int | None, repor
         raise UserError(f"label {label} is out of range: classes.json names {classes} classes")
     report.labels[label] += 1
     report.sizes[image.shape[0], image.shape[1]] += 1
+
+
+def check_rest(source: Source, shard: Shard, records: np.ndarray, nbytes: int, report: ShardReport) -> None:
+    """Checks the bytes that belong to no indexed sample: other members between and behind them, and the end."""
+    records = records[np.argsort(records["offset"], kind="stable")]
+    offsets = records["offset"].astype(np.int64)
+    stops = np.append(offsets, nbytes)  # of what lies before each sample, and behind the last
+    starts = np.concatenate([[0], np.maximum.accumulate(offsets + records["nbytes"])])
+    large = {(int(row["offset"]), int(row["digest"])) for row in records if not row["nbytes"]}
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        if start < stop or start == nbytes:
+            try:
+                check_gap(source, shard, start, stop, stop < nbytes, large, report)
+            except UserError as error:
+                report.add(None, str(error))
+
+
+def check_gap(
+    source: Source, shard: Shard, start: int, stop: int, inside: bool, large: set[tuple[int, int]], report: ShardReport
+) -> None:
+    file = io.BufferedReader(RangeFile(source, shard.url, stop), 1 << 16)
+    file.seek(start)
+    archive = Archive(file, shard.url, inside or source.limits.allow_missing_end)
+    for sample in grouped(archive, lambda suffix, nbytes: False):
+        if (sample.begin, digest_of(sample.key, sample.sizes)) not in large:
+            report.add(sample.key, f"at byte {sample.begin}: not in the index; run: {INDEX_COMMAND} {shard.url}")
+    if not inside:
+        report.missing_end = archive.missing_end
+    elif archive.end < stop:
+        report.add(None, f"damaged at byte {archive.end}: zeros where a tar header was expected; restore the shard")
 
 
 def runs(url: str, records: np.ndarray) -> Iterator[tuple[Any, bytes | UserError]]:
@@ -178,6 +232,8 @@ def summary(report: dict[str, Any], most: int = 20) -> str:
     if bad > most:
         lines[most:] = [f"... and {bad - most} more (--json FILE lists all)"]
     lines += [f"{report['samples']:,} samples in {report['shards']} shards"]
+    if report["missing_ends"]:
+        lines += [f"{report['missing_ends']} of the shards have no end mark"]
     for side, of in report["sizes"].items():
         lines.append(f"{side:<6} min {of['min']}, median {of['median']}, max {of['max']} pixels")
     rows = sorted(report["labels"], key=lambda row: (-row["samples"], row["label"]))

@@ -7,7 +7,6 @@ process, then renamed; so a second start writes only the shards that are missing
 import argparse
 import contextlib
 import dataclasses
-import glob
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from pipeline.data.origins import Origin, Rejects, open_origin
 from pipeline.data.parallel import check_stop, in_processes
 from pipeline.data.tar import IMAGE_SUFFIXES
 from pipeline.errors import UserError
+from pipeline.lease import Lease, acquire
 from pipeline.options import option
 
 
@@ -94,7 +94,8 @@ def write_shards(places: Sequence[str], folder: str, config: WriteConfig, progre
     """Writes the shards and `classes.json` (not the index) to `folder`, or those that an earlier start left to write.
 
     Raises:
-        UserError: a bad source, a folder that holds something else, no space; the finished shards stay.
+        UserError: a bad source, a folder that holds something else or that another process is writing these shards to,
+            no space; the finished shards stay.
     """
     try:
         return _write(places, folder, config, progress)
@@ -111,10 +112,19 @@ def _write(places: Sequence[str], folder: str, config: WriteConfig, progress: An
     rejects = Rejects(config.skip_bad)
     known = read_classes(f"{folder}/{config.prefix}-000000.tar")
     source, classes = open_origin(places, known, (config.path_column, config.label_column), rejects)
+    os.makedirs(folder, exist_ok=True)
+    refuse_foreign_files(folder, config.prefix)
+    with acquire(folder, f"write-{config.prefix}", f"{folder}: shards with --prefix {config.prefix}") as lease:
+        claim_folder(folder, config, source.identity())
+        if classes is not None and known is None:
+            claim_classes(folder, classes)
+        return _write_claimed(source, folder, config, rejects, lease, progress)
+
+
+def _write_claimed(
+    source: Origin, folder: str, config: WriteConfig, rejects: Rejects, lease: Lease, progress: Any
+) -> Written:
     samples = len(source.sizes)
-    claim_folder(folder, config, source.identity())
-    if classes is not None and known is None:
-        write_file(f"{folder}/classes.json", json.dumps(classes).encode())
     order = random_order(samples, config.seed) if config.shuffle else np.arange(samples)
     sizes = np.ones(samples, dtype=np.int64) if config.samples_per_shard else source.sizes[order]
     bounds = cut(sizes, config.samples_per_shard or config.shard_nbytes)
@@ -135,6 +145,7 @@ def _write(places: Sequence[str], folder: str, config: WriteConfig, progress: An
         with contextlib.closing(in_processes(write_shard, tasks, config.processes)) as results:
             for shard, part, rows, count in results:
                 skipped.add(rows)
+                lease.check()
                 os.replace(part, shard)
                 if progress is not None:
                     progress.update(count)
@@ -144,22 +155,22 @@ def _write(places: Sequence[str], folder: str, config: WriteConfig, progress: An
 
 
 def remove_parts(folder: str, prefix: str) -> None:
-    for part in glob.glob(f"{glob.escape(folder)}/{prefix}-*.tar.*.part"):
-        os.remove(part)
+    mine = re.compile(rf"{re.escape(prefix)}-\d{{6,}}\.tar\.\d+\.part")
+    for name in os.listdir(folder):
+        if mine.fullmatch(name):
+            os.remove(os.path.join(folder, name))
 
 
 def claim_folder(folder: str, config: WriteConfig, identity: str) -> None:
     """Leaves a plan file in a folder that is free, or finds the same plan there.
 
     Raises:
-        UserError: another plan, naming what differs, or files of somebody else.
+        UserError: another plan, naming what differs.
     """
-    os.makedirs(folder, exist_ok=True)
     path = f"{folder}/{config.prefix}-plan.json"
     plan = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["may_change"]}
     plan["source"] = identity
-    names = os.listdir(folder)
-    if os.path.basename(path) in names:
+    if os.path.exists(path):
         try:
             with open(path) as file:
                 there = json.load(file)
@@ -173,12 +184,39 @@ def claim_folder(folder: str, config: WriteConfig, identity: str) -> None:
                 " or with another --prefix"
             )
         return
+    write_file(path, json.dumps(plan, indent=1).encode())
+
+
+def claim_classes(folder: str, classes: list[str]) -> None:
+    """Writes `classes.json`, unless another process that writes to the folder has done so meanwhile.
+
+    Raises:
+        UserError: it has, with other classes.
+    """
+    path = f"{folder}/classes.json"
+    with acquire(folder, "classes", path, wait_seconds=60.0):
+        known = read_classes(f"{folder}/any.tar")
+        if known is None:
+            write_file(path, json.dumps(classes).encode())
+        elif known != classes:
+            raise UserError(
+                f"{path}: another process has written other classes meanwhile; start the same command again"
+            )
+
+
+def refuse_foreign_files(folder: str, prefix: str) -> None:
+    """Raises UserError where files of somebody else are in a folder without a plan of ours."""
+    names = os.listdir(folder)
+    if f"{prefix}-plan.json" in names:
+        return
     plans = tuple(name.removesuffix("plan.json") for name in names if name.endswith("-plan.json"))
-    ours = re.compile(rf"classes\.json.*|index\..*|.*-plan\.json\.part|({'|'.join(map(re.escape, plans)) or '$'}).*")
+    prefixes = "|".join(map(re.escape, plans)) or "$"
+    ours = re.compile(
+        rf"classes\.json.*|index\..*|.*-plan\.json\.part|({prefixes}).*|\.(index|classes|write-.*)\.(lease|time).*"
+    )
     others = sorted(name for name in names if not ours.fullmatch(name))
     if others:
         raise UserError(f"{folder}: not empty: {others[0]} is there; write to an empty folder")
-    write_file(path, json.dumps(plan, indent=1).encode())
 
 
 def cut(sizes: np.ndarray, limit: int) -> list[int]:

@@ -161,7 +161,9 @@ shards = 100_000
 counts = np.full(shards, 10_000)
 columns = np.stack([counts * 110_000, counts, np.cumsum(counts) - 10_000, counts * 0, counts * 0 + 999, counts * 0], 1)
 urls = [f"s3://bucket/imagenet-22k/train-{n:06d}.tar" for n in range(shards)]
-index = Index(urls, columns, ["s3://bucket/imagenet-22k"], np.zeros(shards, np.int32))
+checks = np.zeros(shards * 3, np.uint32)
+index = Index(urls, columns, ["s3://bucket/imagenet-22k"], np.zeros(shards, np.int32), checks)
+assert len(index.shard(99_999).checks) == 3
 plan, order = Plan(1024, 4), Order(index.counts, 0, 1024, 16384)
 for row in plan.rows(plan.lanes_of(7, 64, 3, 8), 123_456):
     window, slot = order.locate(row.lane, row.position)
@@ -176,13 +178,22 @@ print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1
     assert mebibytes < 200
 
 
-@pytest.mark.parametrize("old", ["format", "garbage"])
-def test_an_index_of_another_format_is_refused_with_the_command(tmp_path, old):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text.replace('"format": 3', '"format": 2'), "written in format 2, expected 3"),
+        (lambda text: "{", "damaged: its content does not match its checksum"),
+        (lambda text: text.replace('"samples": 3', '"samples": 2'), "damaged: its content does not match its checksum"),
+        (lambda text: text[:-3], "damaged: its content does not match its checksum"),
+    ],
+    ids=["format", "garbage", "changed", "cut"],
+)
+def test_a_damaged_index_or_one_of_another_format_is_refused_with_the_command(tmp_path, spoil, message):
     from pipeline.errors import UserError
 
     write_uneven(tmp_path, [3])
     path = tmp_path / "index.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1') if old == "format" else "{")
-    with pytest.raises(UserError, match=r"index.json: not a readable index; run: python -m pipeline.shards index"):
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(UserError, match=rf"index.json: {message}; run: python -m pipeline.shards index"):
         load_index(str(tmp_path / "train-000.tar"))
     assert os.path.exists(tmp_path / "index.bin")

@@ -76,7 +76,7 @@ def samples_of(folder):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if ".lease-" not in path.name}
 
 
 def test_a_folder_becomes_shards_that_hold_each_image_once_with_its_class(scans, written):
@@ -421,7 +421,7 @@ def test_every_bad_sample_is_named_and_hides_no_other(written, command):
     assert [(os.path.basename(row["shard"]), row["key"]) for row in report["bad"]] == [
         ("train-000001.tar", "train-00000023"),
         ("train-000001.tar", "(number 7)"),
-        ("train-000001.tar", "train-00000031"),
+        ("train-000001.tar", "(number 11)"),
     ]
     assert "can't be decoded" in report["bad"][0]["reason"]
     assert sum(row["samples"] for row in report["labels"]) == 97

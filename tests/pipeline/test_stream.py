@@ -262,7 +262,7 @@ def read_all(path):
 
 
 def test_a_flipped_header_byte_masks_its_sample_and_no_other(digits, tmp_path):
-    _, records, _ = scan_shard(f"{digits}/train-000.tar")
+    records = scan_shard(f"{digits}/train-000.tar").records
     whole, _, _ = read_all(f"{digits}/train-000.tar")
     path = damaged(digits, tmp_path, int(records["offset"][10]) + 3, 0x40)
     keys, valid, bad = read_all(path)
@@ -298,7 +298,7 @@ def test_a_sample_that_was_exchanged_for_another_is_masked(digits, tmp_path):
 
 
 def test_flipped_image_bytes_name_shard_and_sample(digits, tmp_path):
-    _, records, _ = scan_shard(f"{digits}/train-000.tar")
+    records = scan_shard(f"{digits}/train-000.tar").records
     with open(f"{digits}/train-000.tar", "rb") as file:
         begin = file.read().index(b"\x89PNG")
     _, valid, bad = read_all(damaged(digits, tmp_path, begin, 0xFF))
@@ -308,7 +308,8 @@ def test_flipped_image_bytes_name_shard_and_sample(digits, tmp_path):
 
 
 def test_index_covers_whole_members(digits):
-    nbytes, records, _ = scan_shard(f"{digits}/train-000.tar")
+    scan = scan_shard(f"{digits}/train-000.tar")
+    nbytes, records = scan.nbytes, scan.records
     ends = records["offset"] + records["nbytes"]
     assert (ends[:-1] == records["offset"][1:]).all()
     assert nbytes >= ends[-1]
@@ -340,7 +341,7 @@ def test_counts_that_others_have_left_beside_the_shards_are_compared(digits, tmp
     urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     counts = {f"train-00{n}.tar": count for n, count in enumerate([360, 359, 359, 359])}
     (tmp_path / name).write_text(json.dumps(COUNTS[name](counts)))
-    assert write_index(urls) == 1437
+    assert write_index(urls).samples == 1437
     os.remove(tmp_path / "index.json")
     (tmp_path / name).write_text(json.dumps(COUNTS[name]({**counts, "train-002.tar": 400})))
     with pytest.raises(UserError, match=rf"train-002.tar: 359 samples, but {name} beside it says 400"):

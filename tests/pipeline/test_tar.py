@@ -8,13 +8,13 @@ import tarfile
 
 import pytest
 import webdataset
-from webdataset.tariterators import base_plus_ext
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from pipeline.data.index import load_index, load_records, write_index
 from pipeline.data.order import Order
 from pipeline.data.reader import OrderedSamples
 from pipeline.data.source import Source
-from pipeline.data.tar import PLAIN_NAME, digest_of, label_of, parse_stream, parse_tar, plain_samples
+from pipeline.data.tar import PLAIN_NAME, digest_of, label_of, parse_tar, plain_samples, strict_samples
 from pipeline.errors import UserError
 
 NAMES = ["a/b/0001", "0002", "n01440764/x-3", "d" * 120 + "/long", "späß", "with space", "v1.0/dots.in.folder/4"]
@@ -41,14 +41,16 @@ def written(path, dialect):
         tar.addfile(folder)
 
 
+def webdataset_samples(data):
+    """What webdataset's own stages read."""
+    return group_by_keys({**member, "__url__": ""} for member in tar_file_iterator(io.BytesIO(data)))
+
+
 @pytest.mark.parametrize("dialect", ["webdataset", "gnu", "pax", "ustar"])
 def test_every_dialect_of_tar_gives_what_webdataset_reads(tmp_path, dialect):
     path = tmp_path / "x.tar"
     written(path, dialect)
-    expected = [
-        {k: v for k, v in sample.items() if k != "__url__"}
-        for sample in parse_stream(io.BytesIO(path.read_bytes()), "")
-    ]
+    expected = [{k: v for k, v in sample.items() if k != "__url__"} for sample in webdataset_samples(path.read_bytes())]
     write_index([str(path)])
     index = load_index(str(path))
     assert index.samples == len(expected) >= 6
@@ -83,21 +85,22 @@ def test_plain_files_are_read_without_tarfile(options):
     assert found == [
         {"__key__": "f/a", "cls": b"7", "jpg": b"i" * 700}, {"__key__": "b", "seg.png": b"", "cls": b"8"}
     ]  # fmt: skip
-    assert found == [
-        {k: v for k, v in sample.items() if k != "__url__"} for sample in parse_stream(io.BytesIO(data), "")
-    ]
+    assert found == [{k: v for k, v in sample.items() if k != "__url__"} for sample in webdataset_samples(data)]
 
 
-def test_whatever_is_not_plain_is_left_to_tarfile():
+def test_whatever_is_not_plain_is_left_to_the_archive_reader():
     data = whole_members({"mtime": 0}, [{"__key__": "a", "jpg": b"image", "cls": "7"}])
     for position, byte in (
-        (156, b"2"), (156, b"x"), (156, b"L"), (257, b"X"), (345, b"p"), (124, b"\x80"), (0, b"\xff"), (0, b"."),
+        (156, b"2"), (156, b"x"), (156, b"L"), (257, b"X"), (345, b"p"), (124, b"\x80"), (134, b"9"),
+        (0, b"\xff"), (0, b"."),
     ):  # fmt: skip
         spoilt = bytearray(data)
         spoilt[position : position + len(byte)] = byte
         assert plain_samples(bytes(spoilt)) is None
     assert plain_samples(data[:512]) is None
-    assert plain_samples(data + data[1024:]) is None  # the same member twice
+    again = plain_samples(data + data[1024:])  # a member that comes twice starts another sample, as in the index
+    assert again == strict_samples(data + data[1024:], "")
+    assert [list(sample) for sample in again] == [["__key__", "cls", "jpg"], ["__key__", "jpg"]]
     for name in ("__meta__.json", "n" * 120 + ".jpg", "späß.jpg"):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
