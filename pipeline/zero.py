@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from pipeline.engine import (
 )
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA, skip_step
+
+OLDEST_DEEPSPEED = "0.19.8"  # as in pyproject.toml; earlier ones let gradients that are not finite into the weights
 
 
 class ZeroEngine(Engine):
@@ -41,8 +44,14 @@ class ZeroEngine(Engine):
                 f"engine.zero_stage={self.config.zero_stage} needs DeepSpeed; run: pip install"
                 " 'vit-pretrain[deepspeed]', or set engine.zero_stage=null"
             ) from None
+        from accelerate.utils import compare_versions
         from deepspeed.accelerator import get_accelerator
 
+        if compare_versions("deepspeed", "<", OLDEST_DEEPSPEED):
+            raise UserError(
+                f"engine.zero_stage={self.config.zero_stage}: DeepSpeed {version('deepspeed')} lets NaN into the"
+                f" weights; run: pip install 'deepspeed>={OLDEST_DEEPSPEED}', or set engine.zero_stage=null"
+            )
         if self.config.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise UserError("engine.precision: this machine can't compute in fp16; use engine.precision=bf16 or no")
         if not torch.cuda.is_available():  # its shared-memory op would be compiled at start, for over a minute

@@ -11,7 +11,9 @@ from pipeline.health import Health, HealthConfig, SpikeDetector
 from pipeline.monitor.jsonl import Lines
 from pipeline.optimizer import OptimizerConfig, build_optimizer
 from pipeline.runtime import Ranks, export_ranks
+from pipeline.zero import OLDEST_DEEPSPEED, ZeroEngine
 from tests.integration.nan_guard import Poison
+from tests.oldest import oldest
 
 
 @pytest.fixture
@@ -150,3 +152,13 @@ def test_a_spike_whose_gradient_is_not_finite_is_counted_too(launched, tmp_path,
     with pytest.raises(UserError, match=re.escape("health.max_nonfinite_steps=5")):
         play(health, [float("inf")] * 6)
     engine.close()
+
+
+def test_a_deepspeed_that_lets_nan_into_the_weights_is_refused(launched, monkeypatch, tmp_path):
+    assert oldest()["deepspeed"] == OLDEST_DEEPSPEED
+    (tmp_path / "deepspeed-0.18.5.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.18.5.dist-info/METADATA").write_text("Name: deepspeed\nVersion: 0.18.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"zero_stage=2: DeepSpeed 0.18.5 lets NaN .* pip install 'deepspeed>=0.19.8'"):
+        ZeroEngine(EngineConfig(zero_stage=2), plan_batch(4, None, 1), Ranks(0, 1, 0, 1))
+    torch.distributed.destroy_process_group()
