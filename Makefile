@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+OLDEST := $(CURDIR)/.venv/oldest
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: pretrain test check test-integration test-survival test-cluster test-container clean
+.PHONY: pretrain test check test-integration test-survival test-oldest test-cluster test-container clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
@@ -23,6 +24,10 @@ check: $(INSTALLED)
 
 test-integration: $(INSTALLED)  ## whole training runs: real launchers, DeepSpeed, kill and resume
 	$(PYTEST) -m 'integration and not slow'
+
+test-oldest: $(INSTALLED)  ## strategies and precisions with the oldest accelerate and deepspeed that pyproject.toml allows
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST) $$($(BIN)/python tests/oldest.py)
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m integration tests/integration/test_numerics.py tests/integration/test_matrix.py
 
 test-survival: $(INSTALLED)  ## fire drills, signals and kills at random moments, hangs, slow ranks
 	$(PYTEST) -m 'survival and not slow'

@@ -4,6 +4,7 @@ One process and plain DDP; `zero.py` has DeepSpeed behind the same interface. Th
 """
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA, moment_names, skip_step
 from pipeline.options import option
-from pipeline.runtime import Ranks
+from pipeline.runtime import Ranks, local_device
 
+MIN_LOSS_SCALE = 1.0  # of fp16; gradients that overflow at this scale are not the scale's fault
 REDUCE_BUCKET_SIZE = 25_000_000  # gradients reduced together; DeepSpeed's default holds a buffer of 5e8 numbers
 
 
@@ -157,6 +159,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, plan: BatchPlan, ranks: Ranks):
         self.config, self.plan, self.ranks = config, plan, ranks
+        self._join()
         self.accelerator = self._connect()
         self.device: torch.device = self.accelerator.device
         if self.accelerator.num_processes != ranks.world_size:
@@ -164,6 +167,29 @@ class Engine:
                 f"{ranks.world_size} ranks were started but {self.accelerator.num_processes} joined;"
                 " start with torchrun, accelerate launch --multi_gpu, deepspeed or srun"
             )
+
+    def _join(self) -> None:
+        """Initialises the process group, unless there is one: gloo on CPUs, NCCL on this rank's GPU."""
+        device = local_device(self.ranks)
+        on_gpu = device.type == "cuda"
+        self.backend = "nccl" if on_gpu else "gloo"
+        if on_gpu:
+            torch.cuda.set_device(device)
+            os.environ["LOCAL_RANK"] = str(device.index)  # Accelerate and DeepSpeed take it for the device's index
+        if torch.distributed.is_initialized():
+            return
+        try:
+            torch.distributed.init_process_group(
+                self.backend, timeout=timedelta(seconds=self.config.timeout_seconds), rank=self.ranks.rank,
+                world_size=self.ranks.world_size, device_id=device if on_gpu else None,
+            )  # fmt: skip
+        except torch.distributed.DistBackendError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            raise UserError(
+                f"rank {self.ranks.rank} on {socket.gethostname()}: another rank has the same GPU ({device}); start at"
+                " most one rank for each GPU (--nproc-per-node, --ntasks-per-node, CUDA_VISIBLE_DEVICES)"
+            ) from None
 
     def _connect(self) -> Any:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -187,8 +213,7 @@ class Engine:
     def _process_group(self) -> Any:
         from accelerate import InitProcessGroupKwargs
 
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        return InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=self.config.timeout_seconds))
+        return InitProcessGroupKwargs(backend=self.backend, timeout=timedelta(seconds=self.config.timeout_seconds))
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -205,13 +230,22 @@ class Engine:
         self.module = model
         if state is not None:
             load_weights(model, state.weights)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = self._wrap(model, optimizer)
         self._hold_plan()
         self.slots = moment_names(self.torch_optimizer()) + ((EMA,) if ema_decay is not None else ())
         self._create_slots(0 if state is None else state.updates)
         if state is not None:
             self.load_slots(state)
         self.ema_decay = ema_decay
+
+    def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        # In "evaluation mode" Accelerate leaves DDP out, which one process does not need.
+        wrapped = self.accelerator.prepare_model(model, evaluation_mode=self.ranks.world_size == 1)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            # Buffers are constants, the same on all ranks: no forward pass waits for a broadcast of them. The
+            # constructor's argument would warn from torch 2.13 on.
+            wrapped.broadcast_buffers = False
+        return wrapped, self.accelerator.prepare_optimizer(optimizer)
 
     def _hold_plan(self) -> None:
         """Our batch arithmetic is that of the library below."""
@@ -268,9 +302,13 @@ class Engine:
         if scaler is None:
             skip_step(optimizer, ~norm.isfinite())
             optimizer.step()
-        else:  # fp16: it skips by itself
+        else:
+            # The scaler looks for infinities before it divides by the scale; the norm sees what the division makes.
+            for found in scaler._found_inf_per_device(optimizer).values():
+                found.copy_(~norm.isfinite())  # 0 or 1: the fused kernels know no other value
             scaler.step(optimizer)
             scaler.update()
+            scaler._get_scale_async().clamp_(min=MIN_LOSS_SCALE)
         optimizer.zero_grad()
         return norm
 
@@ -368,7 +406,10 @@ class Engine:
     def _set_loss_scale(self, found: LossScale) -> None:
         scaler = self.accelerator.scaler
         if scaler is not None:  # before a step, update() refuses
-            kept = {"scale": found.scale, "_growth_tracker": found.stable_steps % scaler.get_growth_interval()}
+            kept = {
+                "scale": max(found.scale, MIN_LOSS_SCALE),
+                "_growth_tracker": found.stable_steps % scaler.get_growth_interval(),
+            }
             scaler.load_state_dict({**scaler.state_dict(), **kept})
 
     def reduce_sum(self, values: Tensor) -> Tensor:

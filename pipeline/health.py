@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.engine import Engine
+from pipeline.engine import MIN_LOSS_SCALE, Engine
 from pipeline.errors import UserError
 from pipeline.monitor.jsonl import Lines
 from pipeline.options import option
@@ -161,12 +161,19 @@ class Health:
         ]
         taken, self.pending = self.pending, []
         spikes = []
-        overflow_is_usual = self.engine.config.precision == "fp16"  # its loss scale seeks the limit that way
+        scale = self.engine.loss_scale()
         for (_, _, keys), own, record in zip(taken, mine[:, 0].tolist(), records, strict=True):
             has_loss = abs(record.loss) < float("inf")
-            if has_loss and self.detector.add(record.loss):
+            is_spike = has_loss and self.detector.add(record.loss)
+            if is_spike:
                 spikes.append(record)
-            elif not has_loss or (not record.finite and not overflow_is_usual):
+            if record.finite:
+                self.counts.pop("overflows_in_a_row", None)
+            elif is_spike and self.config.on_spike == "skip":
+                pass  # `guarded` has made it NaN
+            elif has_loss and scale is not None and scale.scale > MIN_LOSS_SCALE:
+                self._overflowed(record, scale.scale)
+            else:
                 self._left_out(record, own, keys)
         if spikes:
             self._spiked(spikes)
@@ -218,6 +225,17 @@ class Health:
             "longest_data_wait_rank": waiting,
             "longest_data_wait_seconds": waits[waiting],
         }
+
+    def _overflowed(self, record: StepRecord, scale: float) -> None:
+        """Counts the steps that fp16's loss scale takes to fall: a few are usual, but it must find its place."""
+        count = self.counts["overflows_in_a_row"] = self.counts.get("overflows_in_a_row", 0) + 1
+        if count > self.config.max_nonfinite_steps:
+            raise UserError(
+                f"step {record.step + 1}: the gradient has overflowed in {count} steps in a row, the loss scale is down"
+                f" to {scale:g}, and health.max_nonfinite_steps={self.config.max_nonfinite_steps}; the weights are"
+                " finite: set engine.precision=bf16 or no, lower schedule.peak_lr or engine.initial_loss_scale, and"
+                " start again"
+            )
 
     def _left_out(self, record: StepRecord, own_loss: float, keys: list[str]) -> None:
         """Names the ranks and samples of a step whose loss or gradient was not finite."""

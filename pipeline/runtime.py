@@ -67,6 +67,26 @@ def read_ranks(environ: Mapping[str, str]) -> Ranks:
     return ranks
 
 
+def local_device(ranks: Ranks) -> Any:
+    """The device of this rank: the only GPU that it sees, or that of its local rank; without GPUs the CPU.
+
+    Raises:
+        UserError: the rank sees several GPUs, but none for its local rank.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = ranks.local_rank if count > 1 else 0  # srun --gpus-per-task=1 shows each rank its own GPU as number 0
+    if index >= count:
+        raise UserError(
+            f"rank {ranks.rank} on {socket.gethostname()}: its local rank is {ranks.local_rank}, but it sees {count}"
+            " GPUs; start at most one rank for each GPU (--nproc-per-node, --ntasks-per-node)"
+        )
+    return torch.device("cuda", index)
+
+
 def export_ranks(ranks: Ranks, environ: Any) -> None:
     """Writes what Accelerate and DeepSpeed read, whichever launcher started us."""
     environ["RANK"] = str(ranks.rank)

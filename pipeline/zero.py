@@ -4,12 +4,14 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.engine import (
+    MIN_LOSS_SCALE,
     REDUCE_BUCKET_SIZE,
     Engine,
     LossScale,
@@ -20,6 +22,8 @@ from pipeline.engine import (
 )
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA, skip_step
+
+OLDEST_DEEPSPEED = "0.19.8"  # as in pyproject.toml; earlier ones let gradients that are not finite into the weights
 
 
 class ZeroEngine(Engine):
@@ -40,8 +44,14 @@ class ZeroEngine(Engine):
                 f"engine.zero_stage={self.config.zero_stage} needs DeepSpeed; run: pip install"
                 " 'vit-pretrain[deepspeed]', or set engine.zero_stage=null"
             ) from None
+        from accelerate.utils import compare_versions
         from deepspeed.accelerator import get_accelerator
 
+        if compare_versions("deepspeed", "<", OLDEST_DEEPSPEED):
+            raise UserError(
+                f"engine.zero_stage={self.config.zero_stage}: DeepSpeed {version('deepspeed')} lets NaN into the"
+                f" weights; run: pip install 'deepspeed>={OLDEST_DEEPSPEED}', or set engine.zero_stage=null"
+            )
         if self.config.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise UserError("engine.precision: this machine can't compute in fp16; use engine.precision=bf16 or no")
         if not torch.cuda.is_available():  # its shared-memory op would be compiled at start, for over a minute
@@ -78,12 +88,29 @@ class ZeroEngine(Engine):
             "fp16": {
                 "enabled": precision == "fp16",
                 "initial_scale_power": self.config.initial_loss_scale.bit_length() - 1,
+                "min_loss_scale": MIN_LOSS_SCALE,
             },
             "steps_per_print": 10**9,
         }
+        if self.accumulates_in_fp32 and stage != 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.config.reduce_precision == "fp32":
             config["communication_data_type"] = "fp32"
         return config
+
+    def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        engine, wrapped = self.accelerator.prepare(model, optimizer)
+        if self.accumulates_in_fp32 and self.config.zero_stage == 0:
+            for parameter in model.parameters():
+                parameter.grad_dtype = torch.float32  # DeepSpeed's own option is for the other stages
+        if self.config.precision == "fp16":
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `Health` counts such steps
+        return engine, wrapped
+
+    @property
+    def accumulates_in_fp32(self) -> bool:
+        """Whether gradients are computed in half precision, and those of several micro batches summed in fp32."""
+        return self.config.precision != "no" and self.plan.accumulation > 1
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -125,8 +152,6 @@ class ZeroEngine(Engine):
     def masters(self) -> list[Tensor]:
         if self.config.zero_stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
-        if self.config.zero_stage in (1, 2):
-            return list(self.zero.single_partition_of_fp32_groups)
         return super().masters()
 
     def loss_scale(self) -> LossScale | None:
@@ -139,7 +164,8 @@ class ZeroEngine(Engine):
     def _set_loss_scale(self, found: LossScale) -> None:
         if self.config.precision == "fp16":
             scaler = self.zero.loss_scaler
-            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = found.scale, found.stable_steps, -1
+            scaler.cur_scale = max(found.scale, MIN_LOSS_SCALE)
+            scaler.cur_iter, scaler.last_overflow_iter = found.stable_steps, -1
             scaler.cur_hysteresis = found.hysteresis or scaler.cur_hysteresis
 
     def _create_slots(self, updates: int) -> None:

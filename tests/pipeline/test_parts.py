@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.engine import Engine, EngineConfig, LossScale, TrainingState, check_launcher, plan_batch, share_of
+from pipeline.engine import EngineConfig, TrainingState, check_launcher, plan_batch, share_of
 from pipeline.errors import UserError
 from pipeline.objectives.classification import Config
 from pipeline.optimizer import OptimizerConfig, build_optimizer, moment_names, parameter_groups, skip_step
@@ -178,44 +178,6 @@ def test_masked_rows_count_nowhere():
     finite = batch.images.nan_to_num()
     _, metrics = Config()(lambda images: finite, batch)
     assert {k: v.item() for k, v in metrics.items() if k != "loss"} == {"top1": 1, "top5": 2, "count": 2}
-
-
-def scaled_engine(scale, state=None):
-    """The engine with fp16's scaler at work. Accelerate has one on GPUs only; torch's own for the CPU stands in."""
-    layer = torch.nn.Linear(3, 2)
-    torch.nn.init.constant_(layer.weight, 0.5)
-    torch.nn.init.constant_(layer.bias, 0.0)
-    engine = Engine(EngineConfig(grad_clip=1.0), plan_batch(4, None, 1), Ranks(0, 1, 0, 1))
-    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    engine.prepare(layer, build_optimizer(layer, OptimizerConfig(), peak_lr=0.1), state)
-    return engine
-
-
-def test_a_loss_scale_changes_no_step_falls_at_an_overflow_and_is_kept(monkeypatch):
-    launched = {"OMP_NUM_THREADS": "1"}
-    export_ranks(Ranks(0, 1, 0, 1), launched)
-    for name, value in launched.items():
-        monkeypatch.setenv(name, value)
-    images, factors = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), (1.0, float("inf"), 1.0)
-    found = {}
-    for scale in (1.0, 1024.0):
-        engine = scaled_engine(scale)
-        norms, weights = [], []
-        for factor in factors:
-            engine.backward(engine.model(images).square().mean() * factor)
-            norms.append(float(engine.step(0.1)))
-            weights.append(engine.module.weight.detach().clone())
-        assert torch.equal(weights[0], weights[1]), "the step that overflows is left out"
-        assert not torch.equal(weights[1], weights[2])
-        saved = engine.state()
-        assert (saved.loss_scale, saved.updates) == (LossScale(scale / 2, stable_steps=1), 2)
-        found[scale] = torch.stack(weights), norms[0], norms[2]
-        engine.close()
-    for left, right in zip(found[1.0], found[1024.0], strict=True):
-        torch.testing.assert_close(left, right)  # powers of two: the scale is gone before clipping
-    resumed = scaled_engine(1024.0, saved)
-    assert resumed.loss_scale() == saved.loss_scale
-    resumed.close()
 
 
 def test_batch_arithmetic():
