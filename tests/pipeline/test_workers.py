@@ -9,7 +9,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -57,7 +56,7 @@ def test_an_exception_in_a_worker_is_told_with_its_traceback(closing):
 @pytest.mark.parametrize("nbytes", [10, 4_000_000])
 def test_a_killed_worker_is_named_whatever_it_was_doing(closing, nbytes):
     """Idle, or in the middle of a message that does not fit into the pipe: the other one is not blocked by it."""
-    workers = open_workers(lambda number: iter([np.zeros(nbytes, np.uint8)] * 3))
+    workers = open_workers(lambda number: iter([bytes(nbytes)] * 3))
     closing(workers)
     workers.begin_pass()
     workers.take(0)
