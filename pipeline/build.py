@@ -5,11 +5,12 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig, fixed_options, to_tree, to_yaml
@@ -113,13 +114,14 @@ def build_model(config: ViTConfig, execution: EngineConfig, seed: int) -> ViT:
     return model
 
 
-def compile_model(model: ViT, what: str) -> None:
-    """Compiles each block, or the whole forward pass, at its first call; names in the state dict stay."""
-    if what == "block":
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-    elif what == "model":
-        model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
+def compile_model(model: ViT, what: str, backend: str = "inductor") -> None:
+    """Compiles each block, or the whole forward pass, at its first call; names in the state dict stay.
+
+    What is compiled is `forward`, not the module's call: ZeRO-3 gathers weights in hooks that can't be compiled.
+    """
+    modules: dict[str, Iterable[nn.Module]] = {"none": [], "block": model.blocks, "model": [model]}
+    for module in modules[what]:
+        module.forward = torch.compile(module.forward, fullgraph=True, backend=backend)
 
 
 def identity(config: RunConfig, index: Index | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipeline.engine import (
 )
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA, skip_step
+from vit.layers import EncoderBlock
 
 OLDEST_DEEPSPEED = "0.19.8"  # as in pyproject.toml; earlier ones let gradients that are not finite into the weights
 
@@ -99,6 +100,10 @@ class ZeroEngine(Engine):
         return config
 
     def _wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        if self.config.zero_stage == 3 and self.config.compile == "block":
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(model, [EncoderBlock])  # no hooks inside of what is compiled
         engine, wrapped = self.accelerator.prepare(model, optimizer)
         if self.accumulates_in_fp32 and self.config.zero_stage == 0:
             for parameter in model.parameters():

@@ -100,11 +100,7 @@ def test_fifty_steps_compile_once_without_a_graph_break(what, depth):
     counters.clear()
     config = ViTConfig(**{**SMALL, "depth": depth, "drop_path": 0.2, "registers": 2, "layer_scale": 0.1})
     model = randomize(ViT(config)).train()
-    if what == "block":
-        for block in model.blocks:
-            block.compile(fullgraph=True, backend="eager")
-    else:
-        model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    compile_model(model, what, backend="eager")
     names = list(model.state_dict())
     for _ in range(2):
         step(model, torch.float32)
