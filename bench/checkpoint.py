@@ -71,9 +71,8 @@ def ways(run: Run) -> list[Way]:
     import torch.distributed.checkpoint as dcp
 
     engine, saver = run.engine, run.trainer.saver
-    alone = run.ranks.world_size == 1
     whole_on_main = run.config.engine.zero_stage in (None, 0)
-    group = None if alone else dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")  # dcp.async_save wants one of CPUs, beside NCCL's
     pending: list[Any] = []
 
     def plain(path: str, step: int) -> None:

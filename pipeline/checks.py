@@ -31,9 +31,9 @@ from pipeline.data.source import Source, is_pipe
 from pipeline.engine import plan_batch
 from pipeline.errors import UserError
 from pipeline.lease import holder_of
-from pipeline.report import GIB, activation_bytes, state_bytes
+from pipeline.report import GIB, activation_bytes, checkpoint_bytes, state_bytes
 from pipeline.run_dir import LEASE, git_revision, package_versions
-from pipeline.runtime import Ranks
+from pipeline.runtime import Ranks, local_device
 from vit.model import ViT, count_parameters
 
 MIB = 1 << 20
@@ -52,14 +52,15 @@ VISIBLE_WITHIN = 3.0  # seconds: network file systems show new files late
 
 def look_at_process(ranks: Ranks) -> dict[str, Any]:
     """Who and where this rank is, and what it would run."""
-    cuda = torch.cuda.is_available()
-    number = ranks.local_rank if cuda and ranks.local_rank < torch.cuda.device_count() else None
-    if number is not None:
-        memory, device = torch.cuda.mem_get_info(number)[0], torch.cuda.get_device_properties(number)
-        name, uuid = device.name, str(device.uuid)
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.local_world_size
-        name, uuid = f"none of {torch.cuda.device_count()} GPUs" if cuda else "CPU", None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.local_world_size
+    name, uuid = "CPU", None
+    try:
+        device = local_device(ranks)
+        if device.type == "cuda":
+            memory, properties = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_properties(device)
+            name, uuid = properties.name, str(properties.uuid)
+    except UserError:
+        name = f"none of {torch.cuda.device_count()} GPUs"
     versions = {"python": platform.python_version(), **package_versions(), "vit-pretrain": source_revision()}
     return {
         "rank": ranks.rank, "host": socket.gethostname(), "local_rank": ranks.local_rank, "device": name, "uuid": uuid,
@@ -204,32 +205,39 @@ def measure(ranks: Ranks, leaders: list[int], store: Any, timeout: float) -> dic
     if ranks.world_size == 1:
         return {}
     seen: dict[str, Any] = {}
+    phase, limit = "all_reduce", timedelta(seconds=timeout)
     try:
+        device = local_device(ranks)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
         dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("collectives", store),
-            rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=timeout),
+            "nccl" if on_gpu else "gloo", store=dist.PrefixStore("collectives", store), rank=ranks.rank,
+            world_size=ranks.world_size, timeout=limit, device_id=device if on_gpu else None,
         )  # fmt: skip
         everybody = list(range(ranks.world_size))
-        seen["all_reduce"] = all_reduce(ranks.rank, ranks.local_rank, everybody, None)
+        seen[phase] = all_reduce(ranks.rank, device, everybody, None)
         if 1 < len(leaders) < ranks.world_size:
-            group = dist.new_group(leaders)
+            phase, group = "between_nodes", dist.new_group(leaders)
             if ranks.rank in leaders:
-                seen["between_nodes"] = all_reduce(ranks.rank, ranks.local_rank, leaders, group)
-    except RuntimeError as error:
+                seen[phase] = all_reduce(ranks.rank, device, leaders, group)
+        if on_gpu:  # the ranks' votes and parts of checkpoints go over gloo
+            phase, group = "gloo", dist.new_group(backend="gloo", timeout=limit)
+            seen[phase] = all_reduce(ranks.rank, torch.device("cpu"), everybody, group)
+    except (RuntimeError, UserError) as error:
         reason = str(error).splitlines()[0]
-        seen["all_reduce"] = {"wrong": [f"{type(error).__name__}: {reason}; {NETWORK}"], "speed": 0.0}
+        seen[phase] = {"wrong": [f"{type(error).__name__}: {reason}; {NETWORK}"], "speed": 0.0}
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return seen
 
 
-def all_reduce(rank: int, local_rank: int, members: list[int], group: Any) -> dict[str, Any]:
+def all_reduce(rank: int, device: torch.device, members: list[int], group: Any) -> dict[str, Any]:
     """Sums what each member can check, and times it.
 
     Returns bytes per second that each rank has sent: 2 (n - 1) / n of the buffer in the shortest time.
     """
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     buffer = torch.empty((128 if device.type == "cuda" else 16) * MIB // 4, device=device)
     expected, wrong, seconds = float(sum(member + 1 for member in members)), 0, []
     for _ in range(4):
@@ -317,7 +325,7 @@ def check_devices(looks: list[dict[str, Any]]) -> list[Finding]:
         elif look["uuid"] is not None and (other := owners.setdefault(look["uuid"], look)) is not look:
             wrong.append(
                 f"{place(look)}: has the same GPU as rank {other['rank']} (local rank {look['local_rank']} and"
-                f" {other['local_rank']}); start one rank for each GPU, with LOCAL_RANK from 0 up on each node"
+                f" {other['local_rank']}); start one rank for each GPU (--nproc-per-node, --gpus-per-task=1)"
             )
     shown = []
     for host, ranks in ranks_by_host(looks).items():
@@ -412,10 +420,10 @@ def check_run_dir(looks: list[dict[str, Any]], config: RunConfig) -> list[Findin
 
 
 def check_disk(looks: list[dict[str, Any]], config: RunConfig, parameters: int) -> list[Finding]:
-    """Rank 0 writes the checkpoints: weights and two moments in fp32; one more than are kept is there for a while."""
+    """Room for the checkpoints; one more than are kept is there for a while."""
     folder = os.path.join(config.run.dir or "", "checkpoints")
     there = [name for name in os.listdir(folder) if NAME.fullmatch(name)] if os.path.isdir(folder) else []
-    size, free = 12 * parameters, looks[0]["run_dir"]["free"]
+    size, free = checkpoint_bytes(parameters, config), looks[0]["run_dir"]["free"]
     need = size * max(config.checkpoint.keep_last + 1 - len(there), 1)
     if free is None:
         return []  # `check_run_dir` has said that it can't be written
@@ -469,14 +477,17 @@ def check_memory(looks: list[dict[str, Any]], config: RunConfig, parameters: int
 def check_all_reduce(looks: list[dict[str, Any]], parameters: int) -> list[Finding]:
     """Bandwidth, and how long one step's gradients take at it."""
     findings = []
-    for key, name in (("all_reduce", "all-reduce"), ("between_nodes", "all-reduce of nodes")):
+    names = {"all_reduce": "all-reduce", "between_nodes": "all-reduce of nodes", "gloo": "all-reduce by gloo"}
+    for key, name in names.items():
         measured = [look for look in looks if key in look]
         if measured:
             wrong = [f"{place(look)}: {message}" for look in measured for message in look[key]["wrong"]]
             speed, size = min(look[key]["speed"] for look in measured), len(measured)
             seconds = 2 * (size - 1) / size * parameters * 4 / max(speed, 1.0)
-            text = f"{size} ranks, correct; {speed / 1e9:.2f} GB/s a rank: {seconds:.3f} s for the gradients of a step"
-            findings += result(name, text + " (fp32, without overlap)", wrong)
+            text = f"{size} ranks, correct; {speed / 1e9:.2f} GB/s a rank"
+            if key != "gloo":
+                text += f": {seconds:.3f} s for the gradients of a step (fp32, without overlap)"
+            findings += result(name, text, wrong)
     return findings
 
 

@@ -26,19 +26,32 @@ from vit.model import ViT, count_parameters, forward_flops, training_flops
 GIB = 1 << 30
 
 
+def optimizer_tensors(config: RunConfig) -> int:
+    """Numbers that the optimizer keeps for a parameter: its moments, and the moving average."""
+    moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
+    return moments + (config.optimizer.ema_decay is not None)
+
+
+def checkpoint_bytes(parameters: int, config: RunConfig) -> int:
+    """Bytes of a checkpoint: weights, moments and moving average in fp32."""
+    return 4 * parameters * (1 + optimizer_tensors(config))
+
+
 def state_bytes(parameters: int, zero_stage: int | None, config: RunConfig, ranks: int) -> int:
     """Bytes of weights, gradients and optimizer on one rank's device (arXiv 1910.02054, section 5), without padding.
 
-    DDP and ZeRO-0 in fp32 keep fp32 weights, gradients and AdamW's two moments: 16 bytes a parameter, DDP in any
-    precision. DeepSpeed in bf16 or fp16 keeps 2-byte weights and gradients, and fp32 master weights and moments; from
-    stage 1 on it keeps master weights beside fp32 weights too. Stage 1 divides what only the optimizer needs by the
-    ranks (or moves it to the CPU), stage 2 the gradients too, stage 3 also the weights.
+    DDP in any precision and ZeRO-0 in fp32 keep fp32 weights, gradients and AdamW's two moments, 16 bytes a parameter.
+    DeepSpeed in bf16 or fp16 keeps 2-byte weights and gradients (4-byte gradients where micro batches accumulate), and
+    fp32 master weights and moments; from stage 1 on it keeps master weights beside fp32 weights too. Stage 1 divides
+    what only the optimizer needs by the ranks (or moves it to the CPU), stage 2 the gradients too, stage 3 also the
+    weights.
     """
     half = zero_stage is not None and config.engine.precision != "no"
-    weights, gradients = (2, 2) if half else (4, 4)
-    moments = 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
-    tensors = moments + (config.optimizer.ema_decay is not None) + (half or zero_stage in (1, 2, 3))
-    optimizer = 4 * tensors
+    micro_batch = config.engine.micro_batch_size
+    accumulates = micro_batch is not None and micro_batch * ranks < config.data.global_batch_size
+    weights = 2 if half else 4
+    gradients = 2 if half and not accumulates else 4
+    optimizer = 4 * (optimizer_tensors(config) + (half or zero_stage in (1, 2, 3)))
     if config.engine.offload_optimizer and zero_stage in (1, 2, 3):
         optimizer = 0
     divided = {None: 0, 0: 0, 1: optimizer, 2: optimizer + gradients, 3: optimizer + gradients + weights}[zero_stage]

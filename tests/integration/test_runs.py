@@ -240,3 +240,11 @@ def assert_accurate(run_dir):
     final = [line for line in lines if "val/top1" in line][-1]
     assert final["val/count"] == 360
     assert final["val/top1"] >= 0.97
+
+
+@pytest.mark.integration
+def test_a_forward_pass_waits_for_no_other_rank(tmp_path):
+    """Fixed positions are a buffer, which DDP would broadcast from rank 0 in every forward pass."""
+    command = [*two_ranks(), str(ROOT / "tests/integration/alone.py"), str(tmp_path / "done")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment({}), timeout=120)
+    assert done.returncode == 0, done.stderr
