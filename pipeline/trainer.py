@@ -316,14 +316,15 @@ class Trainer:
         """
         self.watchdog.beat("data", step)
         began = time.perf_counter()
+        batch = None
         try:
             self._check_workers()
             batch = next(batches)
+            self.vote.start(batch.valid_rows)
         except (Interrupted, WorkerDied) as reason:
             self._give_up(self.vote, reason)
-            return None
+        # In any case, or the ranks would differ in what they have to compare.
         self.meter.add(self.engine.plan.global_batch, time.perf_counter() - began)
-        self.vote.start(batch.valid_rows)
         return batch
 
     def _check_workers(self) -> None:
