@@ -1,6 +1,5 @@
 """The only assembler: RunConfig -> Run."""
 
-import json
 import os
 import re
 import shutil
@@ -24,8 +23,10 @@ from pipeline.errors import Interrupted, PeerLost, UserError, is_out_of_memory
 from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
 from pipeline.meeting import StopNews
-from pipeline.monitor.jsonl import Lines, drop_lines_after
+from pipeline.metrics import Sums
+from pipeline.monitor.jsonl import Lines, drop_lines_after, read_lines
 from pipeline.monitor.meter import Meter, peak_flops
+from pipeline.monitor.sink import Sinks
 from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
 from pipeline.runtime import Ranks, StopSignal, Vote, be_deterministic, read_rendezvous
@@ -190,16 +191,16 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer, config.schedule.peak_lr)
     engine.prepare(model, optimizer, state, config.optimizer.ema_decay)
-    sinks = []
+    sinks = Sinks()
     if writes:
-        sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]
-        for sink in sinks:
-            sink.text("config", to_yaml(config))
+        sinks.sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]
+        sinks.text("config", to_yaml(config))
     peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
     named = {"config": to_tree(config), "classes": classes}
     saver = checkpoint.Saver(config.checkpoint, run_dir.checkpoints, engine, named)
     if ranks.is_main:
         drop_lines_after(run_dir.file("health.jsonl"), start_step)
+    interval = facts.get("interval", {"sums": {}, "grad_norm": None})
     saved = facts.get("health", {"counts": {}, "spikes": None})
     detector = SpikeDetector.resume(config.health, saved["spikes"])
     health = Health(
@@ -225,7 +226,15 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         vote=Vote(stop, ranks, saver.wanted, config.engine.timeout_seconds),
         health=health,
         watchdog=watchdog,
-        ledger=Ledger(engine, run_dir.path, start_step, config.data.max_bad_fraction, config.data.log_samples),
+        ledger=Ledger(
+            engine,
+            run_dir.path,
+            start_step,
+            config.data.max_bad_fraction,
+            config.data.log_samples,
+            index.samples if index else None,
+            val_samples,
+        ),
         saver=saver,
         lease=run_dir.lease,
         averaged_model=(lambda: averaged_model(config, engine)) if config.optimizer.ema_decay is not None else None,
@@ -239,6 +248,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         steps_done=start_step,
         last_evaluation={},
         evaluation_due=evaluation_due,
+        sums=Sums.resume(engine, interval["sums"]),
+        grad_norm=interval["grad_norm"],
     )
     return Run(config, ranks, engine, run_dir, trainer)
 
@@ -366,12 +377,6 @@ def summary(run: Run, status: str, step: int, command: str) -> str:
 def finished_evaluation(run_dir: RunDir) -> dict[str, float]:
     """The last evaluation in a run's metrics, for a run that was complete already."""
     found: dict[str, float] = {}
-    try:
-        with open(run_dir.file("metrics.jsonl")) as file:
-            for line in file:
-                values = json.loads(line)
-                if "val/top1" in values:
-                    found = {k: v for k, v in values.items() if k.startswith("val")}
-    except (OSError, ValueError):
-        pass
+    for values in read_lines(run_dir.file("metrics.jsonl")):
+        found = {k: v for k, v in values.items() if k.startswith("val")} or found
     return found

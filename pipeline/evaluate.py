@@ -60,8 +60,8 @@ def evaluate(
                     label, guess = int(batch.labels[row]), int(best[row])
                     named = [names[n] if n < len(names) else str(n) for n in (label, guess)]
                     rows.append([batch.keys[row], label, guess, *named, f"{float(probabilities[row]):.6f}"])
-            for where, reason in batch.bad:
-                print(f"bad sample, not counted: {where}: {reason}", file=sys.stderr)
+            for bad in batch.bad:
+                print(f"bad sample, not counted: {bad.where}: {bad.reason}", file=sys.stderr)
             bar.update(batch.valid_rows)
     if predictions:
         with open(predictions, "w", newline="") as file:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.metrics import Sums
 from pipeline.monitor.meter import Meter
-from pipeline.monitor.sink import Sink
+from pipeline.monitor.sink import Sinks
 from pipeline.options import option
 from pipeline.runtime import LAUNCHER_SECONDS, Agreement, Vote, launcher_patience
 from pipeline.watchdog import Watchdog
@@ -94,7 +93,7 @@ class Trainer:
     schedule: Callable[[int], float]
     train: Loader
     val: Loader | None
-    sinks: list[Sink]
+    sinks: Sinks
     meter: Meter
     vote: Vote
     health: Health
@@ -113,10 +112,13 @@ class Trainer:
     steps_done: int
     last_evaluation: dict[str, float]
     evaluation_due: bool  # a stop has broken off the one of the step that is done
+    sums: Sums  # of the steps since the last log line
+    grad_norm: float | None  # the last finite one since then
     failure: WorkerDied | None = None  # why this rank can't go on: all stop after the step that is under way
     failed: bool = False  # whether a rank can't go on
     warned: bool = False  # of slow checkpoints
     bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
+    too_many_bad: str | None = None  # the run ends for this reason at its next save
 
     def fit(self) -> tuple[str, int]:
         """Trains to the end or to a signal. Returns how it ended and after which step.
@@ -126,16 +128,17 @@ class Trainer:
         Raises:
             Rollback: a loss spike, behind which the config wants to go back.
         """
-        sums, saved = Sums(self.engine), self.start_step
-        step, batch = self.start_step, None
+        step = saved = self.start_step
+        batch = None
         for loader in self._loaders():  # before threads save, watch and tell
             loader.start()
         self.watchdog.growth.start(self.watchdog.interval)
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
+        if self.too_many_bad is not None:
+            self._save(step)
         if step < self.total_steps:
             batches = iter(self.train)
-            self.meter.reset()
             batch = self._next(step, batches)
         while step < self.total_steps:
             self.watchdog.beat("vote", step)
@@ -146,22 +149,27 @@ class Trainer:
             if step == self.start_step:
                 self._show_inputs(step, batch)
                 self._warm_up(batch)
+                self.meter.reset()
             # Fetched before the step, so that the ranks' vote on it arrives while the step computes.
             upcoming = self._next(step, batches) if step + 1 < self.total_steps else batch
-            if not any(first <= step <= last for first, last in self.skips):
+            skipped = any(first <= step <= last for first, last in self.skips)
+            if not skipped:
                 result = self.step(step, batch, agreed.valid_rows)
                 for metrics in result.metrics:
-                    sums.add(metrics)
+                    self.sums.add(metrics)
+            self.meter.step(0 if skipped else self.engine.plan.global_batch)
             self.ledger.add(step, batch)
             self.bad_rows_seen |= agreed.valid_rows < self.engine.plan.global_batch
             self.steps_done = step = step + 1
             if due(step, self.settings.log_every_steps, self.total_steps):
-                self._log(step, sums)
+                self._log(step)
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
-                self.evaluate(step)
+                with self.meter.paused():
+                    self.evaluate(step)
                 if self.evaluation_due:
                     break
-            if due(step, self.saver.config.every_steps, self.total_steps) or agreed.save:
+            save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save
+            if save or self.too_many_bad is not None:
                 self._save(step)
                 saved = step
             self._tell(step)
@@ -235,9 +243,8 @@ class Trainer:
         self.last_evaluation = found
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
-            self._stop_if(self.ledger.settle("val", self.val_samples), step)
-        self._show("scalars", step, self.last_evaluation)
-        self.meter.reset()
+            self._settle(step)
+        self.sinks.scalars(step, self.last_evaluation)
         return self.last_evaluation
 
     def _evaluated(self, step: int, model: nn.Module, name: str) -> dict[str, float]:
@@ -275,21 +282,23 @@ class Trainer:
         )  # fmt: skip
         return replace(batch, images=images, targets=targets)
 
-    def _log(self, step: int, sums: Sums) -> None:
+    def _log(self, step: int) -> None:
         self.watchdog.beat("log", step)
         self.lease.check()
-        records = self.health.read()
+        self._read_health()
         self.health.renew()
-        self._settle(step)
-        means = sums.read() if records else {"count": 0.0}
+        self.ledger.flush()
+        if self.bad_rows_seen:
+            self._settle(step)
+        means = self.sums.read()
         values = {"learning_rate": self.schedule(step - 1)}
         if self.epoch_rows is not None:
             values["epoch"] = step * self.engine.plan.global_batch / self.epoch_rows
         if means.pop("count"):
             values = {**means, **values}
-        norms = [record.grad_norm for record in records if record.finite]
-        if norms:
-            values["grad_norm"] = norms[-1]
+        if self.grad_norm is not None:
+            values["grad_norm"] = self.grad_norm
+            self.grad_norm = None
         scale = self.engine.loss_scale()
         if scale is not None:
             values["loss_scale"] = scale.scale
@@ -305,13 +314,12 @@ class Trainer:
             values["bad_samples"] = self.ledger.total
             values |= {f"bad_samples/rank{rank}": count for rank, count in sorted(self.ledger.by_rank.items())}
         values |= self.meter.read()
-        self._show("scalars", step, values)
+        self.sinks.scalars(step, values)
 
-    def _stop_if(self, problem: str | None, step: int) -> None:
-        if problem is not None:
-            self.saver.save(step, self._facts())  # nothing is wrong with the weights: the rows were masked
-            self.saver.finish()
-            raise UserError(problem)
+    def _read_health(self) -> None:
+        for record in self.health.read():
+            if record.finite:
+                self.grad_norm = record.grad_norm
 
     def _next(self, step: int, batches: Iterator[Batch]) -> Batch | None:
         """The next batch, fetched during `step`, whose valid rows and the wish to stop are told to all ranks.
@@ -319,14 +327,13 @@ class Trainer:
         None where a stop comes before the batch, or a worker has died: then this rank votes to stop.
         """
         self.watchdog.beat("data", step)
-        began = time.perf_counter()
         try:
             self._check_workers()
-            batch = next(batches)
+            with self.meter.waiting():
+                batch = next(batches)
         except (Interrupted, WorkerDied) as reason:
             self._give_up(self.vote, reason)
             return None
-        self.meter.add(self.engine.plan.global_batch, time.perf_counter() - began)
         self.vote.start(batch.valid_rows)
         return batch
 
@@ -343,9 +350,15 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.watchdog.beat("save", step)
         self.lease.check()
-        self.health.read()  # a spike must not be saved
-        self._settle(step)
+        self._read_health()  # a spike must not be saved
+        self.ledger.flush()
+        self.sinks.flush()
+        if self.bad_rows_seen:
+            self._settle(step)
         self.saver.save(step, self._facts())
+        if self.too_many_bad is not None:  # nothing is wrong with the weights: the rows were masked
+            self.saver.finish()
+            raise UserError(self.too_many_bad)
 
     def _warn_of_slow_saves(self) -> None:
         limit = launcher_patience(os.environ)
@@ -358,34 +371,26 @@ class Trainer:
             )  # fmt: skip
 
     def _facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the training state."""
+        """What a checkpoint keeps beside the training state. Collective."""
         return {
             "evaluation": self.last_evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
-            "skipped_steps": list(self.skips),
+            "skipped_steps": list(self.skips), "interval": {"sums": self.sums.saved(), "grad_norm": self.grad_norm},
         }  # fmt: skip
 
     def _settle(self, step: int) -> None:
-        self.ledger.flush()
-        if self.bad_rows_seen:
-            self.bad_rows_seen = False
-            self._stop_if(self.ledger.settle("train", self.epoch_rows or step * self.engine.plan.global_batch), step)
+        self.bad_rows_seen = False
+        self.too_many_bad = self.ledger.settle(step) or self.too_many_bad
 
     def _tell(self, step: int) -> None:
-        self._show("step", step)
+        self.sinks.step(step)
         if self.profiler is not None:
             self.profiler.step()
 
     def _show_inputs(self, step: int, batch: Batch) -> None:
+        """Of global batch `step`."""
         names = self.class_names
         labels = [names[label] if label < len(names) else str(label) for label in batch.labels[:32].tolist()]
-        self._show("images", step, batch.images[:32], labels)
-
-    def _show(self, method: str, *values: Any) -> None:
-        for sink in self.sinks:
-            try:
-                getattr(sink, method)(*values)
-            except OSError as error:  # a full disk must not end the training
-                print(f"warning: {type(sink).__name__}: {error}", file=sys.stderr, flush=True)
+        self.sinks.images(step + 1, batch.images[:32], labels)
 
     def close(self, failed: bool = False) -> None:
         """After a failure, ranks that will not come are not waited for."""
@@ -396,7 +401,8 @@ class Trainer:
         self.watchdog.stop()
         if not self.lease.lost:
             self.ledger.flush()
-        self._show("close")
+            self.health.notes.flush()
+            self.sinks.close()
         for loader in self._loaders():
             loader.close()
 

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class DataConfig:
     lanes: int | None = option(None, "independent streams of samples; null: the batch's largest divisor up to 1024")
     shuffle_pool: int = option(16384, "compressed samples in memory, over all ranks, among which is shuffled")
     max_bad_fraction: float = option(
-        0.0, "share of samples that may be bad (masked, and listed in quarantine.jsonl)", may_change=True
+        0.0, "share of distinct samples that may be bad (masked, and listed in quarantine.jsonl)", may_change=True
     )
     log_samples: bool = option(
         False, "write the samples of each step to samples-rank<N>.jsonl in the run directory", may_change=True
@@ -75,6 +75,14 @@ class DataConfig:
         return Plan(lanes, size // lanes, self.repeats)
 
 
+class Bad(NamedTuple):
+    """A row without an image."""
+
+    where: str  # shard and key of the sample
+    reason: str
+    place: tuple[int, int]  # the shard's number in the data set, and the sample's in it
+
+
 @dataclass
 class Batch:
     """A rank's rows of one global batch. On a CPU the images are the workers' memory: see `Loader`."""
@@ -84,7 +92,7 @@ class Batch:
     valid: Tensor  # (B,), bool: False for rows that only pad, or stand for a bad sample
     keys: list[str]
     valid_rows: int  # known on the host, without asking the device
-    bad: list[tuple[str, str]] = field(default_factory=list)  # which samples, and why
+    bad: list[Bad] = field(default_factory=list)
     targets: Tensor | None = None  # (B, classes), float32: set on the device where images are mixed
 
     def __len__(self) -> int:
@@ -110,7 +118,7 @@ class Part:
     labels: np.ndarray  # (rows,), int64
     valid: np.ndarray  # (rows,), bool
     keys: list[str]
-    bad: list[tuple[str, str]]
+    bad: list[Bad]
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,8 @@ class Reader:
             slot = (step - stream.start_step) % SLOTS
             pixels = ring[slot, first : first + count]  # (rows, S, S, 3)
             labels, valid = np.zeros(count, np.int64), np.zeros(count, np.bool_)
-            keys, bad = [""] * count, []
+            keys: list[str] = [""] * count
+            bad: list[Bad] = []
             rows = list(plan.rows(lanes, step))
             # All are taken before the first is decoded: reading and parsing in a row have the processor's caches.
             taken = [samples.get(row.lane, row.position, last=row.copy == plan.repeats - 1) for row in rows]
@@ -245,7 +254,7 @@ class Reader:
                         if is_out_of_memory(error) and not isinstance(error, UserError):
                             raise MemoryError(sample.where) from error  # no fault of the sample's
                         raise
-                    bad.append((sample.where, sample.bad or ""))
+                    bad.append(Bad(sample.where, sample.bad or "", sample.key))
                 pixels[number] = 0
             yield Part(slot, labels, valid, keys, bad)
             step += 1

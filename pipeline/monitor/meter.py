@@ -15,7 +15,10 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class Meter:
-    """Counts from one `read` to the next. Times are of the host: between log steps nothing waits for the device."""
+    """Counts the steps from one `read` to the next, at which the device has caught up with the host.
+
+    The time includes all that holds up training, such as a checkpoint's copy, but not evaluations (`paused`).
+    """
 
     def __init__(self, flops_per_image: int, peak: float | None, ranks: int):
         self.flops_per_image, self.peak, self.ranks = flops_per_image, peak, ranks
@@ -24,8 +27,9 @@ class Meter:
 
     def reset(self) -> None:
         self.began, self.images = time.perf_counter(), 0
+        self.waited = 0.0  # seconds, in the step that is under way
         self.passes: list[float] = []  # seconds
-        self.waits: list[float] = []  # seconds for each step's data
+        self.waits: list[float] = []  # seconds that each step waited for data
         self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
@@ -48,9 +52,29 @@ class Meter:
             self.marks[-1][1].synchronize()
         return self.passes + [begin.elapsed_time(end) / 1000 for begin, end in self.marks]
 
-    def add(self, images: int, waited_seconds: float) -> None:
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training. Waits for the device, on which steps may be under way."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
+
+    def step(self, images: int) -> None:
+        """After each step, with the images that it has trained on."""
         self.images += images
-        self.waits.append(waited_seconds)
+        self.waits.append(self.waited)
+        self.waited = 0.0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began

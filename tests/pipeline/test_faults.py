@@ -124,7 +124,7 @@ def epoch(folder, steps=48, read=QUICK, workers=0, **options):
     found = take(loader, steps)
     loader.close()
     keys = [key.rpartition("/")[2] for batch in found for key in batch.keys]
-    bad = [(where.rpartition("/")[2], reason) for batch in found for where, reason in batch.bad]
+    bad = [(where.rpartition("/")[2], reason) for batch in found for where, reason, _ in batch.bad]
     return keys, torch.cat([b.valid for b in found]), torch.cat([b.images for b in found]), bad
 
 
@@ -371,7 +371,7 @@ def test_what_must_not_be_trusted_in_a_tar_is_a_bad_sample(digits, tmp_path, mon
     batch = next(iter(Loader(stream, 0, torch.device("cpu"))))
     assert batch.valid_rows == 2
     assert sorted(int(label) for label in batch.labels[batch.valid]) == [3, 4]
-    text = "\n".join(f"{where} {reason}" for where, reason in batch.bad)
+    text = "\n".join(f"{where} {reason}" for where, reason, _ in batch.bad)
     for expected in (
         r"sample \.\./up its name leaves", r"sample /abs its name leaves", r"sample text no image among its members",
         r"sample nocls no label", r"sample word the member cls holds 'three'", r"sample high label 77 is out of range",

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from pipeline import checkpoint
 from tests.conftest import ROOT, SMALL, data, start, train
 
 SHORT = [*SMALL, "run.steps=4"]
@@ -67,6 +68,53 @@ def test_an_evaluation_leaves_dropout_as_it_was(digits, tmp_path):
     expected = losses("without")
     assert len(expected) == 4
     assert losses("with", "run.evaluate_every_steps=2", "data.val_batch_size=360") == expected
+
+
+TIMED = ("images_per_second", "data_wait_fraction")
+
+
+def test_a_resumed_run_logs_what_one_that_was_not_stopped_does(digits, tmp_path):
+    """Stopped inside of a log interval and during an evaluation; the next start catches up on it and crashes."""
+    first, second = tmp_path / "run [1]", tmp_path / "run [2]"
+    words = [*SMALL, *data(digits), "run.steps=8", "run.log_every_steps=4", "checkpoint.every_steps=3",
+             "checkpoint.keep_last=9", "run.evaluate_every_steps=3", "data.log_samples=true", "monitor=[jsonl]",
+             "data.global_batch_size=16", "data.val_batch_size=360"]  # fmt: skip
+    code, output = train(*words, f"run.dir={first}")
+    assert code == 0, output
+    shutil.copytree(first, second)
+    (second / "exit.json").unlink()
+    for step in (6, 8):
+        shutil.rmtree(second / f"checkpoints/step-{step:08d}")
+    path = second / "checkpoints/step-00000003"
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "evaluation_due": True}))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint._facts(str(path / "state.json"))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    code, output = train(*words, f"run.dir={second}")
+    assert code == 0, output
+    assert "step-00000003" in output
+    expected, found = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                       for run in (first, second))  # fmt: skip
+    assert [line["step"] for line in expected] == [3, 4, 6, 8, 8]
+    for line in [*expected, *found]:
+        if "loss" in line:
+            assert line["images_per_second"] > 0
+            assert 0 <= line["data_wait_fraction"] <= 1
+        for name in TIMED:
+            line.pop(name, None)
+    assert found == expected
+    samples = [(run / "samples-rank0.jsonl").read_text() for run in (first, second)]
+    assert samples[0].count("\n") == 8
+    assert samples[0] == samples[1]
+
+
+def test_each_log_line_of_one_step_has_a_speed(digits, tmp_path):
+    code, output = train(*SHORT, *data(digits), f"run.dir={tmp_path}", "data.val=[]", "monitor=[jsonl]")
+    assert code == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["images_per_second"] > 0 for line in lines), lines
 
 
 def wait_for_steps(run, steps):
@@ -148,28 +196,30 @@ def test_a_file_that_is_no_image_names_its_sample(digits, tmp_path):
     assert json.loads((tmp_path / "run/exit.json").read_text())["status"] == "failed"
 
 
-def test_bad_samples_are_masked_counted_and_listed_once_for_each_time_they_came(digits, tmp_path):
+def test_bad_samples_are_masked_and_counted_and_listed_once(digits, tmp_path):
     folder, run = copied(digits, tmp_path), tmp_path / "run"
     for name, count in (("train-001.tar", 3), ("val-000.tar", 1)):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content.replace(b"\x89PNG", b"nope", count))
-    words = [*SMALL, *data(folder), f"run.dir={run}", "data.max_bad_fraction=0.01"]
-    words += ["data.global_batch_size=479", "checkpoint.every_steps=1"]
-    for steps in (2, 6):  # two epochs of 3 steps, with a resume in the middle of the first
-        code, output = train(*words, f"run.steps={steps}")
-        assert code == 0, output
+    words = [*SMALL, *data(folder), f"run.dir={run}", "data.global_batch_size=479", "checkpoint.every_steps=1"]
+    # Two epochs of 3 steps, with a stop and a resume in the first. Bad are 3 of 1,437 samples, and 1 of 360.
+    for fraction, steps in ((0, 6), (0.003, 2), (0.003, 6)):
+        code, output = train(*words, f"run.steps={steps}", f"data.max_bad_fraction={fraction}")
+        assert code == (0 if fraction else 2), output
+        if fraction == 0:
+            assert "of 1437 training samples are bad by now, data.max_bad_fraction=0 allows 0" in output
+            assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["bad_samples"] > 0
         if steps == 2:  # what a killed run leaves: a line of a step that no checkpoint has
             with open(run / "quarantine.jsonl", "a") as file:
                 file.write(json.dumps({"step": 3, "split": "train", "rank": 0, "sample": "stale", "reason": ""}) + "\n")
     entries = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     named = sorted(e["sample"] for e in entries if e["split"] == "train")
-    assert len(named) == 6
-    assert len(set(named)) == 3
+    assert len(named) == len(set(named)) == 3
     assert len([e for e in entries if e["split"] == "val"]) == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     counted = [line for line in lines if "bad_samples" in line][-1]
-    assert counted["bad_samples"] == 6
-    assert counted["bad_samples/rank0"] >= 3  # those since the resume
+    assert counted["bad_samples"] == counted["bad_samples/rank0"] == 3
     assert lines[-1]["val/count"] == 359
     assert lines[-1]["val/bad"] == 1
 
@@ -190,8 +240,6 @@ def test_shards_can_be_drawn_with_replacement_without_an_index(digits, tmp_path)
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_whole(digits, small_disk):
-    from pipeline import checkpoint
-
     run = small_disk / "run"
     words = ["checkpoint.every_steps=2", "checkpoint.keep_last=9", "monitor=[jsonl]", "run.steps=40"]
     code, output = train(*SMALL, *words, *data(digits), f"run.dir={run}")
@@ -205,8 +253,6 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(digits, small_disk):
 
 
 def test_training_goes_on_while_the_disk_is_full_and_saves_when_it_is_not(digits, small_disk):
-    from pipeline import checkpoint
-
     run = small_disk / "run"
     filler = small_disk / "filler"
     filler.write_bytes(bytes(11_000_000))
