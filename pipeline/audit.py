@@ -2,9 +2,10 @@
 
 import glob
 import io
-import json
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.data.order import Order, Plan, Row, random_order
 from pipeline.data.source import Source
 from pipeline.data.tar import grouped
 from pipeline.errors import UserError
+from pipeline.monitor.jsonl import read_lines
 
 SIMULATIONS = 200
 
@@ -54,6 +56,11 @@ class Finding:
     name: str
     fine: bool
     text: str
+    note: bool = False  # to be read, but neither a check that was passed nor one that failed
+
+    @property
+    def word(self) -> str:
+        return "note" if self.note and self.fine else "ok" if self.fine else "FAIL"
 
 
 def audit(
@@ -74,7 +81,7 @@ def audit(
             raise UserError(f"--world-size: {world_size} ranks do not divide the {plan.lanes} lanes")
     index = load_index(config.data.train, folder=config.data.index, source=source)
     rows_of_epoch, batch = index.samples * plan.repeats, config.data.global_batch_size
-    stop = start + steps if steps else -(-((start * batch // rows_of_epoch + 2) * rows_of_epoch) // batch)
+    stop = start + steps if steps is not None else -(-((start * batch // rows_of_epoch + 2) * rows_of_epoch) // batch)
     alone = Resolver(index, config)
     reference = list(played(plan, alone, [range(plan.lanes)], start, stop))
     findings = [once(np.concatenate(reference), index, plan, start * batch)]
@@ -84,7 +91,7 @@ def audit(
     findings.append(mixing(reference, index, source, plan, config))
     findings.append(traffic(alone, reference, index, source))
     if run is not None:
-        findings.append(logged(run, reference, index, source, start))
+        findings.append(logged(run, index, source, config, start, steps))
     return findings
 
 
@@ -133,7 +140,7 @@ def mixing(batches: list[np.ndarray], index: Index, source: Source, plan: Plan, 
     classes, counts = np.unique(labels, return_inverse=True)
     codes = counts.reshape(labels.shape)
     if len(classes) < 2 or len(batches) < 2:
-        return Finding(name, True, f"{len(classes)} classes in {len(batches)} batches: nothing to compare")
+        return Finding(name, True, f"{len(classes)} classes in {len(batches)} batches: nothing to compare", note=True)
 
     def chi_squared(codes: np.ndarray) -> float:
         steps = len(codes)
@@ -158,6 +165,7 @@ def mixing(batches: list[np.ndarray], index: Index, source: Source, plan: Plan, 
         True,
         text + f": not as mixed, since {plan.lanes} lanes with windows of {window} meet {len(index)} shards that hold"
         " few classes each; raise data.shuffle_pool or data.lanes, or write the shards shuffled",
+        note=True,
     )
 
 
@@ -166,34 +174,103 @@ def traffic(resolver: Resolver, batches: list[np.ndarray], index: Index, source:
     fetched = sum(int(sizes[shard][begin:end].sum()) for shard, begin, end in resolver.fetched)
     used = sum(int(sizes[shard][number]) for rows in batches for _, shard, number, copy in rows if copy == 0)
     # Windows that the last step has entered are read whole.
-    return Finding("bytes fetched for each byte used", True, f"{fetched / max(used, 1):.3f} ({fetched:,} / {used:,})")
+    text = f"{fetched / max(used, 1):.3f} ({fetched:,} / {used:,})"
+    return Finding("bytes fetched for each byte used", True, text, note=True)
 
 
-def logged(run: str, batches: list[np.ndarray], index: Index, source: Source, start: int) -> Finding:
-    """Compares with what a run has written down (data.log_samples=true)."""
-    name = "as the run has logged"
-    files = sorted(glob.glob(os.path.join(run, "samples-rank*.jsonl")), key=lambda path: (len(path), path))
-    if not files:
+def logged(run: str, index: Index, source: Source, config: RunConfig, start: int, steps: int | None) -> Finding:
+    """Compares all that a run has logged (data.log_samples=true) from step `start` on, or `steps` steps of it.
+
+    Steps are named as the log has them, counted from 1. The shards may lie in another folder than during the run.
+    """
+    pattern = os.path.join(glob.escape(run), "samples-rank*.jsonl")
+    ranks = {int(re.findall(r"\d+", path)[-1]): path for path in glob.glob(pattern)}
+    if not ranks:
         raise UserError(f"{run}: no samples-rank*.jsonl; run with data.log_samples=true")
-    steps: dict[int, list[str]] = {}
-    for path in files:
-        with open(path) as file:
-            for line in file:
-                entry = json.loads(line)
-                steps.setdefault(entry["step"] - 1, []).extend(entry["samples"])
-    keys: dict[int, list[str]] = {}
-    compared, differing = 0, []
-    for step, rows in enumerate(batches, start):
-        if step not in steps:
-            continue
-        for shard in np.unique(rows[:, 1]):
-            keys.setdefault(int(shard), shard_keys(index.urls[shard], source))
-        expected = [f"{index.urls[shard]}: sample {keys[shard][number]}" for _, shard, number, _ in rows.tolist()]
-        compared += 1
-        if steps[step] != expected:
-            differing.append(step)
-    text = f"{len(files)} ranks, {compared} steps compared, {len(differing)} differ"
-    return Finding(name, compared > 0 and not differing, text + (f", the first is {differing[0]}" if differing else ""))
+    plan, batch = config.data.plan, config.data.global_batch_size
+    resolver = Resolver(index, config)
+    names = Names(index, source)
+    rows: Counter[int] = Counter()  # by step
+    twice: set[int] = set()
+    differing: set[int] = set()
+    for rank, path in sorted(ranks.items()):
+        mine: set[int] = set()
+        for entry in read_lines(path):
+            step, samples = entry["step"], entry["samples"]
+            if step <= start or (steps is not None and step > start + steps):
+                continue
+            (twice if step in mine else mine).add(step)
+            rows[step] += len(samples)
+            world_size = batch // max(len(samples), 1)  # at that time
+            if rank >= world_size or len(samples) * world_size != batch or plan.lanes % world_size:
+                differing.add(step)
+                continue
+            expected = played(plan, resolver, [plan.lanes_of(rank, world_size)], step - 1, step)
+            if not all(map(names.match, samples, next(expected).tolist())):
+                differing.add(step)
+    newest = max(rows, default=start)
+    told = last_step(run)
+    end = max(newest, told or 0)
+    missing = [step for step in range(start + 1, min(end, start + (steps or end)) + 1) if step not in rows]
+    # When a run is killed, some ranks may not have written what metrics.jsonl does not have yet.
+    whole = newest if told is None else told
+    partly = [step for step, count in rows.items() if count < batch and step <= whole]
+    twice |= {step for step, count in rows.items() if count > batch}
+    text = f"{len(ranks)} ranks, {len(rows)} steps compared, {len(differing)} differ"
+    wrong = [
+        f"{what}: {spans(found)}"
+        for what, found in (
+            ("other samples than planned in steps", differing),
+            ("logged twice: steps", twice),
+            ("not logged: steps", missing),
+            ("logged by some of the ranks only: steps", partly),
+        )
+        if found
+    ]
+    if rows and min(rows) > start + 1:
+        wrong.append(f"if data.log_samples was set later, add --from-step {min(rows) - 1}")
+    return Finding("as the run has logged", bool(rows) and not wrong, "; ".join([text, *wrong]))
+
+
+class Names:
+    """Compares what a log says of a sample with its row in the plan. The shards may have moved, all of a folder."""
+
+    def __init__(self, index: Index, source: Source):
+        self.index, self.source = index, source
+        self.counts = index.counts.tolist()
+        self.bases = [os.path.basename(url) for url in index.urls]
+        self.keys: dict[int, list[str]] = {}
+        self.urls: dict[str, int] = {}  # which shard a URL in the log is
+
+    def match(self, logged: str, row: list[int]) -> bool:
+        _, shard, number, _ = row
+        if shard not in self.keys:
+            self.keys[shard] = shard_keys(self.index.urls[shard], self.source)
+        # The second is what a sample is called that could not be read.
+        for key in (self.keys[shard][number], f"{number} of {self.counts[shard]}"):
+            end = f"{self.bases[shard]}: sample {key}"
+            folder = logged.removesuffix(end)
+            if len(folder) < len(logged) and folder[-1:] in ("", "/"):
+                return self.urls.setdefault(folder + self.bases[shard], shard) == shard
+        return False
+
+
+def last_step(run: str) -> int | None:
+    """The last step that all ranks of a run have logged: what metrics.jsonl has was written after it."""
+    steps = [entry["step"] for entry in read_lines(os.path.join(run, "metrics.jsonl"))]
+    return max(steps, default=None)
+
+
+def spans(steps: Iterable[int], most: int = 5) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    found: list[list[int]] = []
+    for step in sorted(steps):
+        if found and found[-1][1] == step - 1:
+            found[-1][1] = step
+        else:
+            found.append([step, step])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in found[:most]]
+    return ", ".join(texts) + (f" and {len(found) - most} more spans" if len(found) > most else "")
 
 
 def shard_keys(url: str, source: Source) -> list[str]:

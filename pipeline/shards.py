@@ -80,14 +80,14 @@ def verify(parsed: argparse.Namespace) -> int:
 
 def audit(parsed: argparse.Namespace) -> int:
     """Plays the plan of all ranks and workers, and checks that each sample comes once an epoch, that the batches are
-    those of one rank, and how well they are mixed. Exit code 1 where it does not hold."""
+    those of one rank, and how well they are mixed. Exit code 1 where a check fails; a note is no check."""
     from pipeline.audit import audit
     from pipeline.config import load_config
 
     config = load_config(parsed.config, parsed.overrides)
     findings = audit(config, parsed.world_size, parsed.workers, parsed.from_step, parsed.steps, parsed.run)
     for finding in findings:
-        print(f"{'ok  ' if finding.fine else 'FAIL'}  {finding.name:34} {finding.text}")
+        print(f"{finding.word:4}  {finding.name:34} {finding.text}")
     return 0 if all(finding.fine for finding in findings) else 1
 
 
@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--world-size", type=int, nargs="+", default=[1], metavar="W", help="numbers of ranks (1)")
     command.add_argument("--workers", type=int, nargs="+", default=[2], metavar="K", help="workers of a rank (2)")
     command.add_argument("--from-step", type=int, default=0, help="first step, as after a resume (0)")
-    command.add_argument("--steps", type=int, help="how many steps (to the end of the second epoch)")
+    command.add_argument("--steps", type=int, help="how many steps (to the end of the second epoch; of a run: all)")
     command.add_argument("--run", metavar="DIR", help="compare with what this run has logged (data.log_samples=true)")
     command.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="override options")
     return parser
