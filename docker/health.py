@@ -13,7 +13,7 @@ import time
 
 def problem(runs: str, silence_seconds: float) -> str | None:
     names = ("manifest.json", "metrics.jsonl", "exit.json")
-    told = [path for name in names for path in glob.glob(f"{runs}/*/{name}")]
+    told = [path for name in names for path in glob.glob(f"{glob.escape(runs)}/*/{name}")]
     if not told:
         import accelerate  # noqa: F401
         import torch  # noqa: F401

@@ -18,8 +18,10 @@ ALLOW_MISSING_END = "accept tars that end without two blocks of zeros, but not i
 
 
 def listed(patterns: list[str]) -> list[str]:
-    """Braces are expanded everywhere, `*` in local paths."""
-    urls = [url for pattern in expand_urls(patterns) for url in (sorted(glob.glob(pattern)) or [pattern])]
+    """Braces are expanded everywhere, `*` in local paths that don't exist as they are."""
+    urls: list[str] = []
+    for pattern in expand_urls(patterns):
+        urls += [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) or [pattern]
     return list(dict.fromkeys(urls))
 
 

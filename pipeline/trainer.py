@@ -118,7 +118,7 @@ class Trainer:
     failed: bool = False  # whether a rank can't go on
     warned: bool = False  # of slow checkpoints
     bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
-    too_many_bad: str | None = None  # the run ends for this reason at its next save
+    problem: str | None = None  # the run ends for this reason at its next save
 
     def fit(self) -> tuple[str, int]:
         """Trains to the end or to a signal. Returns how it ended and after which step.
@@ -135,7 +135,7 @@ class Trainer:
         self.watchdog.growth.start(self.watchdog.interval)
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
-        if self.too_many_bad is not None:
+        if self.problem is not None:
             self._save(step)
         if step < self.total_steps:
             batches = iter(self.train)
@@ -169,7 +169,7 @@ class Trainer:
                 if self.evaluation_due:
                     break
             save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save
-            if save or self.too_many_bad is not None:
+            if save or self.problem is not None:
                 self._save(step)
                 saved = step
             self._tell(step)
@@ -356,9 +356,9 @@ class Trainer:
         if self.bad_rows_seen:
             self._settle(step)
         self.saver.save(step, self._facts())
-        if self.too_many_bad is not None:  # nothing is wrong with the weights: the rows were masked
+        if self.problem is not None:  # nothing is wrong with the weights: the rows were masked
             self.saver.finish()
-            raise UserError(self.too_many_bad)
+            raise UserError(self.problem)
 
     def _warn_of_slow_saves(self) -> None:
         limit = launcher_patience(os.environ)
@@ -379,7 +379,7 @@ class Trainer:
 
     def _settle(self, step: int) -> None:
         self.bad_rows_seen = False
-        self.too_many_bad = self.ledger.settle(step) or self.too_many_bad
+        self.problem = self.ledger.settle(step) or self.problem
 
     def _tell(self, step: int) -> None:
         self.sinks.step(step)

@@ -94,6 +94,35 @@ def test_a_run_resumes_under_another_strategy_on_another_number_of_ranks(on_one_
 
 
 @pytest.mark.integration
+def test_a_log_interval_that_a_resume_cuts_is_logged_whole(digits, tmp_path):
+    """Log lines of four steps, resumed from the checkpoint of step 3 on as many ranks and on fewer."""
+    words = [*SMALL, *data(digits), "run.steps=8", "schedule.warmup_steps=5", "run.log_every_steps=4", "data.val=[]"]
+    words += ["checkpoint.every_steps=3", "checkpoint.keep_last=9", "run.deterministic=true"]
+    train_several(tmp_path, [*words, f"run.dir={tmp_path / 'whole'}"], launcher=two_ranks())
+    for ranks in (2, 1):
+        run_dir = tmp_path / f"resumed-{ranks}"
+        shutil.copytree(tmp_path / "whole", run_dir)
+        (run_dir / "exit.json").unlink()
+        for step in (6, 8):
+            shutil.rmtree(run_dir / f"checkpoints/step-{step:08d}")
+        launcher = two_ranks() if ranks == 2 else ("python",)
+        output = train_several(tmp_path, [*words, f"run.dir={run_dir}"], launcher=launcher)
+        assert "step-00000003" in output
+
+    def logged(name):
+        """All but times."""
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        names = ("step", "loss", "top1", "top5", "grad_norm", "learning_rate", "epoch")
+        return [{name: line[name] for name in names} for line in lines]
+
+    expected = logged("whole")
+    assert [line["step"] for line in expected] == [4, 8]
+    assert logged("resumed-2") == expected
+    for found, line in zip(logged("resumed-1"), expected, strict=True):
+        assert found == pytest.approx(line, abs=2e-5)
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "launcher",
     [

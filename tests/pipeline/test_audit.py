@@ -144,7 +144,7 @@ def test_stopped_on_four_ranks_and_resumed_on_two_a_run_sees_the_planned_samples
     lines = log.read_text().splitlines()
     entry = json.loads(lines[-1])
     entry["samples"][:2] = entry["samples"][1::-1]
-    log.write_text("\n".join([*lines[:-1], json.dumps(entry)]))
+    log.write_text("\n".join([*lines[:-1], json.dumps(entry), ""]))
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert f"1 differ; other samples than planned in steps: {steps}" in done.stdout

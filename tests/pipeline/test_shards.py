@@ -523,3 +523,13 @@ def test_help_names_every_option(command):
         )
         assert done.returncode == 0
         assert all(option in done.stdout for option in options)
+
+
+def test_a_path_with_glob_characters_is_taken_as_it_is(tmp_path):
+    from pipeline.shards import listed
+
+    for name in ("a[1].tar", "a1.tar"):
+        (tmp_path / name).write_bytes(b"")
+    assert listed([f"{tmp_path}/a[1].tar"]) == [f"{tmp_path}/a[1].tar"]
+    assert listed([f"{tmp_path}/a[2].tar"]) == [f"{tmp_path}/a[2].tar"]
+    assert listed([f"{tmp_path}/a[[]1].tar", f"{tmp_path}/a*.tar"]) == [f"{tmp_path}/a[1].tar", f"{tmp_path}/a1.tar"]
