@@ -82,16 +82,16 @@ class Archive:
             if info.type in (*PAX, tarfile.XGLTYPE, *GNU_NAMES):
                 body = self._extension(info, start)
                 if info.type in GNU_NAMES:
-                    name = body.rstrip(b"\0")
+                    name = body.rstrip(b"\0")  # with the zero behind it, which some writers don't count
                     if not name or b"\0" in name or info.type in long_names:
                         self._fail(start, "a damaged long name")
                     long_names[info.type] = name.decode("utf-8", "surrogateescape")
                 elif info.type == tarfile.XGLTYPE:
-                    self._check_global(start, self._pax_records(body, start))
+                    self._check_global(start, self._pax_records(body[: info.size], start))
                 elif pax is not None:
                     self._fail(position, "a second pax header for one member")
                 else:
-                    pax = self._pax_records(body, start)
+                    pax = self._pax_records(body[: info.size], start)
                 position = start + -(-info.size // BLOCK) * BLOCK
                 continue
             return self._finish(info, begin, start, pax or {}, long_names.get(tarfile.GNUTYPE_LONGNAME))
@@ -142,7 +142,7 @@ class Archive:
         body = self._take(start, nbytes)
         if len(body) < nbytes:
             self._cut(start + len(body), f"inside the extended header at byte {self.origin + start - BLOCK}")
-        return body[: info.size]
+        return body
 
     def _pax_records(self, body: bytes, start: int) -> dict[str, bytes]:
         records, begin = {}, 0

@@ -17,6 +17,7 @@ from pipeline.data.source import Data, Read, Source
 from pipeline.data.tar import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
+    NO_SAMPLES,
     UNLABELLED,
     StreamFile,
     grouped,
@@ -267,6 +268,8 @@ class ResampledSamples:
                         sample.bad = f"larger than {MAX_SAMPLE_BYTES} bytes"
                     yield sample
                     number, failures = number + 1, 0
+                if number == 0:
+                    raise UserError(f"{url}: {NO_SAMPLES}")
             except (UserError, OSError) as error:  # the rest of this shard is lost: said once, as one bad sample
                 if is_out_of_memory(error):
                     raise

@@ -26,6 +26,7 @@ PAX_TIMES = re.compile(rb"(?:\d+ [amc]time=[\d.]+\n)+")  # a header that changes
 MAX_SAMPLE_BYTES = 1 << 28  # a larger sample is not read: it is a bad one
 MAX_LABEL_BYTES = 64  # of a member cls
 UNLABELLED = -1
+NO_SAMPLES = "a tar without samples; expected members such as 000001.jpg and 000001.cls"
 
 
 def parse_tar(data: Data, url: str) -> list[dict[str, Any]]:
@@ -57,7 +58,9 @@ def plain_samples(data: Data) -> list[dict[str, Any]] | None:
     while begin < len(data):
         header = data[begin : begin + 512]
         size, kind = header[124:135], header[156:157]
-        if header[257:262] != b"ustar" or header[345:346] != b"\0" or not size.isdigit():  # 345: a prefix to the name
+        if header[257:262] != b"ustar" or header[345:346] != b"\0":  # 345: a prefix to the name
+            return None
+        if not size.isdigit() or header[135:136] not in b"\0 ":
             return None
         begin += 512
         try:
@@ -256,7 +259,7 @@ def _scan(url: str, archive: Archive) -> tuple[np.ndarray, int]:
         digest = digest_of(sample.key, sample.sizes)
         rows.append((sample.begin, nbytes if nbytes <= MAX_SAMPLE_BYTES else 0, label, digest))
     if not rows:
-        raise UserError(f"{url}: a tar without samples; expected members such as 000001.jpg and 000001.cls")
+        raise UserError(f"{url}: {NO_SAMPLES}")
     if len(lacking) == len(rows):
         raise UserError(lacking[0])
     return np.array(rows, dtype=RECORD), len(lacking)
