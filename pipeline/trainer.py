@@ -111,6 +111,7 @@ class Trainer:
     val_samples: int
     steps_done: int
     last_evaluation: dict[str, float]
+    evaluated_step: int  # of `last_evaluation`
     evaluation_due: bool  # a stop has broken off the one of the step that is done
     bad_rows_seen: bool = False  # since the ledger was settled last; the same on all ranks
 
@@ -126,6 +127,9 @@ class Trainer:
             loader.start()
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
+            if self.saver.is_best(self.last_evaluation):
+                self._save(step)
+                saved = step
         if step < self.total_steps:
             batches = iter(self.train)
             self.meter.reset()
@@ -137,6 +141,7 @@ class Trainer:
             agreed = self.vote.finish()
             if agreed.stop:
                 break
+            save_again = agreed.settle and self._settle_saver(step)
             # Fetched before the step, so that the ranks' vote on it arrives while the step computes.
             upcoming = self._next(step, batches) if step + 1 < self.total_steps else batch
             if not any(first <= step <= last for first, last in self.skips):
@@ -148,11 +153,13 @@ class Trainer:
             self.steps_done = step = step + 1
             if due(step, self.settings.log_every_steps, self.total_steps):
                 self._log(step, sums)
+            save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save or save_again
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
-                self.evaluate(step)
+                evaluation = self.evaluate(step)
                 if self.evaluation_due:
                     break
-            if due(step, self.saver.config.every_steps, self.total_steps) or agreed.save:
+                save |= self.saver.is_best(evaluation)
+            if save:
                 self._save(step)
                 saved = step
             self._tell(step)
@@ -160,7 +167,8 @@ class Trainer:
         self.vote.drain()
         if step != saved and step > 0:
             self._save(step)
-        self.watchdog.beat("save", step)
+        while self._settle_saver(step):
+            self._save(step)
         self.saver.finish()
         return ("finished" if self.complete else "saved"), step
 
@@ -218,11 +226,12 @@ class Trainer:
         finally:
             self.engine.model.train()  # here and not in each step: it visits every module
         self.lease.check()
-        self.last_evaluation = found
+        self.last_evaluation, self.evaluated_step = found, step
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._stop_if(self.ledger.settle("val", self.val_samples), step)
         self._show("scalars", step, self.last_evaluation)
+        self._stop_if(self.saver.lacks_metric(found), step)
         self.meter.reset()
         return self.last_evaluation
 
@@ -286,7 +295,7 @@ class Trainer:
 
     def _stop_if(self, problem: str | None, step: int) -> None:
         if problem is not None:
-            self.saver.save(step, self._facts())  # nothing is wrong with the weights: the rows were masked
+            self.saver.save(step, self._facts(step))  # nothing is wrong with the weights: the rows were masked
             self.saver.finish()
             raise UserError(problem)
 
@@ -304,12 +313,18 @@ class Trainer:
         self.lease.check()
         self.health.read()  # a spike must not be saved
         self._settle(step)
-        self.saver.save(step, self._facts())
+        self.saver.save(step, self._facts(step))
 
-    def _facts(self) -> dict[str, Any]:
+    def _settle_saver(self, step: int) -> bool:
+        """Whether a checkpoint must be saved again, since the ranks have lost each other while they wrote it."""
+        self.watchdog.beat("save", step)
+        return self.saver.settle()
+
+    def _facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps beside the training state."""
+        evaluation = self.last_evaluation if self.evaluated_step == step else {}
         return {
-            "evaluation": self.last_evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
+            "evaluation": evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
             "skipped_steps": list(self.skips),
         }  # fmt: skip
 

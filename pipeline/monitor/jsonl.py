@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.files import write_durably
 from pipeline.monitor.sink import Sink
 
 
@@ -50,18 +52,17 @@ class JsonLines(Sink):
         self.lines.flush()
 
 
-def drop_lines_after(path: str, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their lines must not stand twice."""
+def drop_lines_after(path: str, step: int, keep: Container[int] = ()) -> None:
+    """A resumed run repeats the steps after its checkpoint, but for those to `keep`: no line must stand twice."""
     if not os.path.exists(path):
         return
     kept = []
     with open(path) as file:
         for line in file:
             try:
-                if json.loads(line)["step"] <= step:
+                found = json.loads(line)["step"]
+                if found <= step or found in keep:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # half a line of a killed run
-    with open(path + ".part", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".part", path)
+    write_durably(path, "".join(kept))
