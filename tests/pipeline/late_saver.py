@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pipeline.checkpoint import CheckpointConfig, Saver, Store
 from pipeline.engine import Engine, EngineConfig, TrainingState
 from pipeline.errors import UserError
+from pipeline.lease import acquire, observe
 from pipeline.runtime import Ranks, StopSignal, Vote
 
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -38,8 +39,11 @@ class Savable(Engine):
 
 
 engine = Savable()
-store = Store(folder)
-saver = Saver(CheckpointConfig(), store, engine, {}, "start")
+store, lease = Store(folder), observe(os.path.join(folder, ".run.lease-00000001"), folder)
+if rank == 0:
+    acquire(folder, "run", folder)
+dist.barrier()
+saver = Saver(CheckpointConfig(), store, engine, {}, lease)
 vote = Vote(StopSignal(), engine.ranks, saver.wanted, saver.needs_all_ranks, 60)
 saver.save(3, {})
 renewed = False

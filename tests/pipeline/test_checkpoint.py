@@ -411,6 +411,16 @@ class OneRank:
         return [value]
 
 
+class LeaseOf:
+    """The lease of a start."""
+
+    def __init__(self, number):
+        self.path = f"/run/.run.lease-{number:08d}"
+
+    def check(self):
+        pass
+
+
 @pytest.fixture
 def groups(monkeypatch):
     """The process groups that were made, and destroyed."""
@@ -428,7 +438,7 @@ def groups(monkeypatch):
 
 def saver_of(folder, engine, **options):
     folder.mkdir(exist_ok=True)
-    return checkpoint.Saver(CheckpointConfig(**options), checkpoint.Store(str(folder)), engine, {}, "me")
+    return checkpoint.Saver(CheckpointConfig(**options), checkpoint.Store(str(folder)), engine, {}, LeaseOf(7))
 
 
 def test_the_group_of_the_savers_is_made_anew_once_it_has_failed(tmp_path, groups, capsys):
@@ -493,7 +503,7 @@ def test_a_rank_of_an_earlier_start_does_not_write_into_a_checkpoint(tmp_path, m
         monkeypatch.setattr(checkpoint, "complete", original)
         earlier = OneRank()
         earlier.broken, earlier.value = True, 2.0
-        stale = checkpoint.Saver(CheckpointConfig(), saver.store, earlier, {}, "earlier")
+        stale = checkpoint.Saver(CheckpointConfig(), saver.store, earlier, {}, LeaseOf(6))
         stale.group = "a group whose rank 0 is gone"
         stale.save(10, {})
         stale.wait()
@@ -504,7 +514,7 @@ def test_a_rank_of_an_earlier_start_does_not_write_into_a_checkpoint(tmp_path, m
     monkeypatch.setattr(checkpoint, "complete", complete)
     saver.save(10, {})
     saver.finish()
-    assert written == [".part-00000010-me"]
+    assert written == [".part-00000010-00000007"]
     assert checkpoint.verify(str(tmp_path / "step-00000010")) is None
     assert checkpoint.load(str(tmp_path / "step-00000010")).weights["a"][0, 0] == 1
 
@@ -540,7 +550,7 @@ def test_two_processes_that_lost_each_other_write_the_next_checkpoint(tmp_path):
     assert "can't write the checkpoint: rank 0: " in said[0]
     assert "saved step 5 after a new group" in said[0]
     assert all("step 7: weight b is not finite on rank 1" in text for text in said)
-    assert names(tmp_path) == ["step-00000005"]
+    assert names(tmp_path) == [".run.lease-00000001", "step-00000005"]
     assert set(checkpoint.load(str(tmp_path / "step-00000005")).weights) == {"a", "b"}
 
 
