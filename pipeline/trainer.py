@@ -111,6 +111,7 @@ class Trainer:
     val_samples: int
     steps_done: int
     last_evaluation: dict[str, float]
+    evaluated_step: int  # of `last_evaluation`
     evaluation_due: bool  # a stop has broken off the one of the step that is done
     sums: Sums  # of the steps since the last log line
     grad_norm: float | None  # the last finite one since then
@@ -135,6 +136,9 @@ class Trainer:
         self.watchdog.growth.start(self.watchdog.interval)
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
+            if self.saver.is_best(self.last_evaluation):
+                self._save(step)
+                saved = step
         if self.problem is not None:
             self._save(step)
         if step < self.total_steps:
@@ -150,6 +154,7 @@ class Trainer:
                 self._show_inputs(step, batch)
                 self._warm_up(batch)
                 self.meter.reset()
+            save_again = agreed.settle and self._settle_saver(step)
             # Fetched before the step, so that the ranks' vote on it arrives while the step computes.
             upcoming = self._next(step, batches) if step + 1 < self.total_steps else batch
             skipped = any(first <= step <= last for first, last in self.skips)
@@ -163,12 +168,13 @@ class Trainer:
             self.steps_done = step = step + 1
             if due(step, self.settings.log_every_steps, self.total_steps):
                 self._log(step)
+            save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save or save_again
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
                 with self.meter.paused():
-                    self.evaluate(step)
+                    evaluation = self.evaluate(step)
                 if self.evaluation_due:
                     break
-            save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save
+                save |= self.saver.is_best(evaluation)
             if save or self.problem is not None:
                 self._save(step)
                 saved = step
@@ -177,7 +183,8 @@ class Trainer:
         self.vote.drain()
         if step != saved and step > 0:
             self._save(step)
-        self.watchdog.beat("save", step)
+        while self._settle_saver(step):
+            self._save(step)
         self.saver.finish()
         return ("finished" if self.complete else "failed" if self.failed else "saved"), step
 
@@ -240,11 +247,12 @@ class Trainer:
         finally:
             self.engine.model.train()  # here and not in each step: it visits every module
         self.lease.check()
-        self.last_evaluation = found
+        self.last_evaluation, self.evaluated_step = found, step
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._settle(step)
         self.sinks.scalars(step, self.last_evaluation)
+        self.problem = self.problem or self.saver.lacks_metric(found)
         return self.last_evaluation
 
     def _evaluated(self, step: int, model: nn.Module, name: str) -> dict[str, float]:
@@ -355,7 +363,7 @@ class Trainer:
         self.sinks.flush()
         if self.bad_rows_seen:
             self._settle(step)
-        self.saver.save(step, self._facts())
+        self.saver.save(step, self._facts(step))
         if self.problem is not None:  # nothing is wrong with the weights: the rows were masked
             self.saver.finish()
             raise UserError(self.problem)
@@ -370,10 +378,16 @@ class Trainer:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
-    def _facts(self) -> dict[str, Any]:
+    def _settle_saver(self, step: int) -> bool:
+        """Whether a checkpoint must be saved again, since the ranks have lost each other while they wrote it."""
+        self.watchdog.beat("save", step)
+        return self.saver.settle()
+
+    def _facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps beside the training state. Collective."""
+        evaluation = self.last_evaluation if self.evaluated_step == step else {}
         return {
-            "evaluation": self.last_evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
+            "evaluation": evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
             "skipped_steps": list(self.skips), "interval": {"sums": self.sums.saved(), "grad_norm": self.grad_norm},
         }  # fmt: skip
 

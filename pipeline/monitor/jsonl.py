@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,9 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def drop_lines_after(path: str, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their lines must not stand twice."""
-    keep_lines(path, lambda entry: entry["step"] <= step)
+def drop_lines_after(path: str, step: int, keep: Container[int] = ()) -> None:
+    """A resumed run repeats the steps after its checkpoint, but for those to `keep`: no line must stand twice."""
+    keep_lines(path, lambda entry: entry["step"] <= step or entry["step"] in keep)
 
 
 def keep_lines(path: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
