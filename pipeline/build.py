@@ -24,7 +24,7 @@ from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
 from pipeline.meeting import StopNews
 from pipeline.metrics import Sums
-from pipeline.monitor.jsonl import Lines, drop_lines_after, read_lines
+from pipeline.monitor.jsonl import HEALTH, Lines, read_lines, restore_logs
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.monitor.sink import Sinks
 from pipeline.optimizer import build_optimizer
@@ -179,6 +179,10 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     assert run_dir.lease is not None
     store = checkpoint.Store(run_dir.checkpoints)
     start_step, state, facts = restore(store, engine, ranks)
+    logs = facts.get("logs", {})
+    skipped = run_dir.read("skipped.json") or []
+    left_out = {step + 1 for entry in skipped for step in range(entry["first"], entry["last"] + 1)}
+    on_main(engine, lambda: restore_logs(run_dir.path, logs, start_step, left_out))
     evaluation_due = facts.get("evaluation_due", False)
     writes = ranks.is_main and not is_complete(start_step, total_steps, evaluation_due)
     stream = train_stream(
@@ -200,9 +204,6 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
     named = {"config": to_tree(config), "classes": classes}
     saver = checkpoint.Saver(config.checkpoint, store, engine, named, run_dir.lease)
-    skipped = run_dir.read("skipped.json") or []
-    if ranks.is_main:
-        drop_health_lines(run_dir.file("health.jsonl"), start_step, skipped)
     interval = facts.get("interval", {"sums": {}, "grad_norm": None})
     saved = facts.get("health", {"counts": {}, "spikes": None})
     counts = dict(saved["counts"])
@@ -210,7 +211,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     if spikes:
         counts["spikes"] = max(spikes, counts.get("spikes", 0))
     detector = SpikeDetector.resume(config.health, saved["spikes"])
-    health = Health(config.health, engine, detector, Lines(run_dir.file("health.jsonl")), counts, devices)
+    health = Health(config.health, engine, detector, Lines(run_dir.file(HEALTH)), counts, devices)
     watchdog = Watchdog(
         config.health.hang_seconds, ranks, read_rendezvous(os.environ), run_dir.path,
         reading=lambda: trainer.reading(),
@@ -234,7 +235,6 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         ledger=Ledger(
             engine,
             run_dir.path,
-            start_step,
             config.data.max_bad_fraction,
             config.data.log_samples,
             index.samples if index else None,
@@ -256,6 +256,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         evaluation_due=evaluation_due,
         sums=Sums.resume(engine, interval["sums"]),
         grad_norm=interval["grad_norm"],
+        logs=logs,
     )
     return Run(config, ranks, engine, run_dir, trainer)
 
@@ -293,33 +294,37 @@ def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks, news: Stop
     return Loader(stream, config.data.workers, engine.device, news.wanted), index.samples
 
 
-def drop_health_lines(path: str, start_step: int, skipped: list[dict[str, Any]]) -> None:
-    """Drops the lines of steps that are repeated; those of steps that are left out are not."""
-    left_out = {step + 1 for entry in skipped for step in range(entry["first"], entry["last"] + 1)}
-    drop_lines_after(path, start_step, keep=left_out)
-
-
 def restore(store: checkpoint.Store, engine: Engine, ranks: Ranks) -> tuple[int, Any, dict[str, Any]]:
     """The step to go on from, and state and facts of the newest intact checkpoint.
 
     Raises:
         UserError: there are checkpoints, but none is intact.
     """
-    path, problem = None, None
-    if ranks.is_main:  # one rank reads and checks all of it, then the others need not
-        try:
-            path = store.find_newest()
-        except (UserError, OSError) as error:
-            problem = str(error)
-    path, problem = engine.gather_objects((path, problem))[0]
-    if problem is not None:
-        raise UserError(problem)
+    path = on_main(engine, store.find_newest)
     if path is None:
         return 0, None, {}
     if ranks.is_main:
         print(f"resuming from {path}", flush=True)
     facts = checkpoint.load_state(path)
     return facts["step"], checkpoint.load(path), facts
+
+
+def on_main(engine: Engine, action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, which reads and checks for all. Collective.
+
+    Raises:
+        UserError: on all ranks, where `action` has raised it, or an OSError.
+    """
+    found, problem = None, None
+    if engine.ranks.is_main:
+        try:
+            found = action()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    found, problem = engine.gather_objects((found, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
+    return found
 
 
 def build_profiler(config: RunConfig, run_dir: RunDir) -> Any:

@@ -4,15 +4,17 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterable
 
 
-def write_durably(path: str, content: str | bytes) -> None:
+def write_durably(path: str, content: str | bytes | Iterable[bytes]) -> None:
     """Replaces a file in one step: whatever happens, `path` holds the old or the new content, whole."""
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")  # several ranks may write the same file
     try:
         with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,13 +1,12 @@
 """What became of the samples: `quarantine.jsonl` names the bad ones, `samples-rank<N>.jsonl`, if wanted, all."""
 
-import glob
 import os
 from collections import Counter
 from typing import Any
 
 from pipeline.data.loader import Bad, Batch
 from pipeline.engine import Engine
-from pipeline.monitor.jsonl import Lines, drop_lines_after, read_lines
+from pipeline.monitor.jsonl import Lines, read_lines
 
 
 class Ledger:
@@ -19,7 +18,7 @@ class Ledger:
     """
 
     def __init__(
-        self, engine: Engine, run_dir: str, start_step: int, max_bad_fraction: float, log_samples: bool,
+        self, engine: Engine, run_dir: str, max_bad_fraction: float, log_samples: bool,
         train_samples: int | None, val_samples: int,
     ):  # fmt: skip
         self.engine, self.max_bad_fraction = engine, max_bad_fraction
@@ -31,13 +30,9 @@ class Ledger:
         # On rank 0; the limit on bad samples bounds them, too.
         self.known: set[tuple[Any, ...]] = set()
         self.by_rank: Counter[int] = Counter()  # bad training samples, by the rank that found them first
-        if engine.ranks.is_main:  # also of ranks that there were more of before
-            logs = glob.glob(os.path.join(glob.escape(run_dir), "samples-rank*.jsonl"))
-            for path in [self.quarantine, *logs]:
-                drop_lines_after(path, start_step)
+        if engine.ranks.is_main:
             for entry in read_lines(self.quarantine):
                 self._count(entry)
-        engine.barrier()
 
     @property
     def total(self) -> int:
@@ -101,6 +96,10 @@ class Ledger:
         if split == "train":
             self.by_rank[entry.get("rank", 0)] += 1
         return True
+
+    def logs(self) -> list[Lines]:
+        """Those that this rank writes."""
+        return [*([self.bad] if self.engine.ranks.is_main else []), *([self.log] if self.log else [])]
 
     def flush(self) -> None:
         """Before a checkpoint: what lies before it is not repeated after a crash."""

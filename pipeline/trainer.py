@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,6 +116,7 @@ class Trainer:
     evaluation_due: bool  # a stop has broken off the one of the step that is done
     sums: Sums  # of the steps since the last log line
     grad_norm: float | None  # the last finite one since then
+    logs: dict[str, Any]  # the states of the run's logs at its last checkpoint
     failure: WorkerDied | None = None  # why this rank can't go on: all stop after the step that is under way
     failed: bool = False  # whether a rank can't go on
     warned: bool = False  # of slow checkpoints
@@ -389,7 +391,17 @@ class Trainer:
         return {
             "evaluation": evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
             "skipped_steps": list(self.skips), "interval": {"sums": self.sums.saved(), "grad_norm": self.grad_norm},
+            "logs": self._logs(),
         }  # fmt: skip
+
+    def _logs(self) -> dict[str, Any]:
+        own = [*self.ledger.logs(), *self.sinks.logs()]
+        if self.engine.ranks.is_main:
+            own.append(self.health.notes)
+        states = self.engine.gather_objects({os.path.basename(log.path): log.state() for log in own})
+        # Logs of ranks that there are fewer of now stay.
+        self.logs = dict(ChainMap({}, *states, self.logs))
+        return self.logs
 
     def _settle(self, step: int) -> None:
         self.bad_rows_seen = False

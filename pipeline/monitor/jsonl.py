@@ -1,19 +1,33 @@
-"""`metrics.jsonl`: one JSON object a log interval."""
+"""`metrics.jsonl`, and what all logs of JSON lines have in common: nothing in them is lost, stands twice or is damaged.
 
+A checkpoint keeps the size and checksum of each log of the run directory. A resume refuses a log that does not begin
+with what it held then, and removes what came later, since the steps after the checkpoint are repeated.
+"""
+
+import contextlib
+import glob
+import hashlib
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import UserError
+from pipeline.files import sync, write_durably
 from pipeline.monitor.sink import Sink
+
+HEALTH = "health.jsonl"
+PATTERNS = ("metrics.jsonl", HEALTH, "quarantine.jsonl", "samples-rank*.jsonl")
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     def open(self, run_dir: str, start_step: int, total_steps: int) -> Sink:
-        return JsonLines(os.path.join(run_dir, "metrics.jsonl"), start_step)
+        return JsonLines(os.path.join(run_dir, "metrics.jsonl"))
 
 
 class Lines:
@@ -21,6 +35,8 @@ class Lines:
 
     def __init__(self, path: str):
         self.path, self.pending, self.failed = path, b"", False
+        self.nbytes, self.digest = 0, hashlib.blake2b(digest_size=16)  # of what the file holds
+        self.begun = False
 
     def write(self, entry: dict[str, Any]) -> None:
         self.pending += json.dumps(entry).encode() + b"\n"
@@ -28,9 +44,12 @@ class Lines:
     def flush(self) -> None:
         try:
             if self.pending:
+                self._begin()
                 with open(self.path, "ab", buffering=0) as file:
                     while self.pending:
-                        self.pending = self.pending[file.write(self.pending) or 0 :]
+                        count = file.write(self.pending) or 0
+                        self._took(self.pending[:count])
+                        self.pending = self.pending[count:]
             if self.failed:
                 print(f"\nwarning: {self.path}: can be written again", file=sys.stderr, flush=True)
             self.failed = False
@@ -39,23 +58,39 @@ class Lines:
                 print(f"\nwarning: {self.path}: {error.strerror}; tried again later", file=sys.stderr, flush=True)
             self.failed = True
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log, which is on the disk then, too."""
+        self._begin()
+        if os.path.exists(self.path):
+            with contextlib.suppress(OSError):  # what is lost of it will be noticed
+                sync(self.path)
+        return {"nbytes": self.nbytes, "blake2b": self.digest.hexdigest(), "pending": self.pending.decode()}
+
+    def _begin(self) -> None:
+        if not self.begun and os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    self._took(chunk)
+        self.begun = True
+
+    def _took(self, data: bytes) -> None:
+        self.nbytes += len(data)
+        self.digest.update(data)
+
 
 class JsonLines(Sink):
-    def __init__(self, path: str, start_step: int):
-        self.start_step = start_step
-        drop_lines_after(path, start_step)
+    def __init__(self, path: str):
         self.lines = Lines(path)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.lines.write({"step": step, **values})
-        if step == self.start_step:
-            # The evaluation in which the last start was stopped. If a start has caught up on it already and crashed
-            # before its next checkpoint, its line is there.
-            keep_lines(self.lines.path, lambda entry: entry["step"] < step or entry.keys().isdisjoint(values))
         self.lines.flush()
 
     def flush(self) -> None:
         self.lines.flush()
+
+    def logs(self) -> list[Lines]:
+        return [self.lines]
 
     def close(self) -> None:
         self.lines.flush()
@@ -63,40 +98,72 @@ class JsonLines(Sink):
 
 def read_lines(path: str) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines that have a step, if there is such a file. Damaged lines are left out."""
-    for _, entry in _lines(path):
-        if entry is not None:
-            yield entry
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            for line in file:
+                entry = _parsed(line)
+                if entry is not None:
+                    yield entry
 
 
-def drop_lines_after(path: str, step: int, keep: Container[int] = ()) -> None:
-    """A resumed run repeats the steps after its checkpoint, but for those to `keep`: no line must stand twice."""
-    keep_lines(path, lambda entry: entry["step"] <= step or entry["step"] in keep)
+def restore_logs(folder: str, known: Mapping[str, dict[str, Any]], step: int, left_out: Container[int] = ()) -> None:
+    """Brings the logs of a run back to what they were at its checkpoint of `step`, which holds their states `known`.
+
+    A log that the checkpoint does not know keeps its lines up to `step`. health.jsonl also keeps those of the steps
+    that are `left_out`: they are not repeated.
+
+    Raises:
+        UserError: a log is damaged; then nothing has been changed.
+    """
+    paths = {path for pattern in PATTERNS for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
+    names = sorted({os.path.basename(path) for path in paths} | set(known))
+    for name in names:
+        if name in known:
+            _check(os.path.join(folder, name), known[name], step)
+    for name in names:
+        path, state = os.path.join(folder, name), known.get(name)
+        if os.path.exists(path) or (state and state["pending"]):
+            write_durably(path, _kept(path, state, step, left_out if name == HEALTH else ()))
 
 
-def keep_lines(path: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Removes all other lines of a file, and damaged ones: a killed process may leave half a line at the end."""
-    if not os.path.exists(path):
-        return
-    damaged = 0
-    with open(path + ".part", "wb") as file:
-        for line, entry in _lines(path):
-            if entry is not None and wanted(entry):
-                file.write(line)
-            damaged += entry is None and line.endswith(b"\n")
-    os.replace(path + ".part", path)
-    if damaged:
-        print(f"\nwarning: {path}: removed {damaged} lines that are not readable", file=sys.stderr, flush=True)
-
-
-def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line with its object; None where it is damaged."""
-    if not os.path.exists(path):
-        return
-    with open(path, "rb") as file:
+def _kept(path: str, state: dict[str, Any] | None, step: int, left_out: Container[int]) -> Iterator[bytes]:
+    """What stays of a log."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb")) if os.path.exists(path) else io.BytesIO()
+        left = state["nbytes"] if state else 0
+        while chunk := file.read(min(left, CHUNK)):
+            yield chunk
+            left -= len(chunk)
+        yield state["pending"].encode() if state else b""
         for line in file:
-            try:
-                entry = json.loads(line)
-                whole = line.endswith(b"\n") and isinstance(entry["step"], int)
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            yield line, entry if whole else None
+            entry = _parsed(line)
+            if entry is not None and (entry["step"] in left_out or (state is None and entry["step"] <= step)):
+                yield line
+
+
+def _check(path: str, state: dict[str, Any], step: int) -> None:
+    if not os.path.exists(path):
+        if state["nbytes"]:
+            print(f"\nwarning: {path}: is gone; a new one begins after step {step}", file=sys.stderr, flush=True)
+        return
+    digest, left = hashlib.blake2b(digest_size=16), state["nbytes"]
+    with open(path, "rb") as file:
+        while left and (chunk := file.read(min(left, CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+    if left or digest.hexdigest() != state["blake2b"]:
+        nbytes = state["nbytes"]
+        what = f"it ends at byte {nbytes - left} of {nbytes}" if left else f"its first {nbytes} bytes have changed"
+        raise UserError(
+            f"{path}: damaged: {what} since the checkpoint of step {step}; restore it, or move it away to go on"
+            " without these lines"
+        )
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None: half a line of a killed process, or a damaged one."""
+    try:
+        entry = json.loads(line)
+        return entry if line.endswith(b"\n") and isinstance(entry["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -2,8 +2,12 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipeline.monitor.jsonl import Lines
 
 
 class Sink:
@@ -20,6 +24,10 @@ class Sink:
 
     def flush(self) -> None:
         """Before a checkpoint: a resume does not repeat the steps before it."""
+
+    def logs(self) -> "list[Lines]":
+        """The logs of which a checkpoint keeps the state."""
+        return []
 
     def close(self) -> None: ...
 
@@ -45,6 +53,9 @@ class Sinks(Sink):
 
     def flush(self) -> None:
         self._each("flush", lambda sink: sink.flush())
+
+    def logs(self) -> "list[Lines]":
+        return [log for sink in self.sinks for log in sink.logs()]
 
     def close(self) -> None:
         self._each("close", lambda sink: sink.close())

@@ -16,7 +16,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig, TrainingState
 from pipeline.errors import PeerLost, UserError
-from pipeline.monitor.jsonl import drop_lines_after
+from pipeline.monitor.jsonl import restore_logs
 from pipeline.run_dir import RunDir
 from pipeline.runtime import Ranks, free_port
 from tests.conftest import ROOT, SMALL, data, environment
@@ -327,11 +327,12 @@ def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     assert synced[-1] == ".part-00000001", "the folder with all names in it"
     assert done[rename + 1] == ("fsync", tmp_path.name)
     done.clear()
+    (tmp_path / "metrics.jsonl").write_text("")
     RunDir(str(tmp_path)).write("exit.json", {"status": "finished"})
-    drop_lines_after(str(tmp_path / "exit.json"), 3)
-    for written in (done[:3], done[3:]):
+    restore_logs(str(tmp_path), {}, 3)
+    for name, written in (("exit.json", done[:3]), ("metrics.jsonl", done[3:])):
         (_, partial), replaced, folder = written
-        assert replaced == ("replace", partial, "exit.json")
+        assert replaced == ("replace", partial, name)
         assert folder == ("fsync", tmp_path.name)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.loader import Bad
 from pipeline.ledger import Ledger
-from pipeline.monitor.jsonl import Lines
+from pipeline.monitor.jsonl import Lines, restore_logs
 
 SAMPLES = 1000
 
@@ -28,7 +28,8 @@ class OneRank:
 
 
 def ledger(run, start_step=0, fraction=0.01, samples=SAMPLES, engine=None, log_samples=False):
-    return Ledger(engine or OneRank(), str(run), start_step, fraction, log_samples, samples, 50)
+    restore_logs(str(run), {}, start_step)
+    return Ledger(engine or OneRank(), str(run), fraction, log_samples, samples, 50)
 
 
 def bad(number, folder="/data"):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pipeline.monitor.jsonl import Config
+from pipeline.errors import UserError
+from pipeline.monitor.jsonl import Config, Lines, read_lines, restore_logs
 from pipeline.monitor.sink import Sink, Sinks
 
 
@@ -55,15 +56,86 @@ def test_an_evaluation_that_is_caught_up_again_stands_once(tmp_path):
     sink = Config().open(str(tmp_path), 0, 10)
     for step in range(1, 5):
         sink.scalars(step, {"loss": 1.0})
+    saved = saved_states(sink)
     for start in range(3):
+        restore_logs(str(tmp_path), saved, 4)
         sink = Config().open(str(tmp_path), 4, 10)
         sink.scalars(4, {"val/top1": 0.5, "val/count": 360.0})
         for step in range(5, 5 + start):
             sink.scalars(step, {"loss": 1.0})
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 4, 5, 6]
     assert [line["step"] for line in read(tmp_path) if "val/top1" in line] == [4]
-    # Stopped again in a later evaluation, and later still: what belongs to earlier steps stays.
-    sink = Config().open(str(tmp_path), 6, 10)
-    sink.scalars(6, {"val/top1": 0.6})
-    assert [line["step"] for line in read(tmp_path) if "val/top1" in line] == [4, 6]
-    assert [line["step"] for line in read(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def saved_states(sink):
+    return {"metrics.jsonl": sink.logs()[0].state()}
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """A run of ten steps with a checkpoint after the sixth: its directory, and what the checkpoint has of its logs."""
+    run = tmp_path / "run [1]"
+    run.mkdir()
+    sink = Config().open(str(run), 0, 10)
+    for step in range(1, 11):
+        sink.scalars(step, {"loss": 1.0 / step})
+        if step == 6:
+            saved = saved_states(sink)
+    return run, json.loads(json.dumps(saved))
+
+
+def test_a_log_is_what_it_was_at_the_checkpoint(logs):
+    run, saved = logs
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_bytes(before[:-5])  # killed
+    restore_logs(str(run), saved, 6)
+    assert [line["step"] for line in read(run)] == [1, 2, 3, 4, 5, 6]
+    sink = Config().open(str(run), 6, 10)
+    for step in range(7, 11):
+        sink.scalars(step, {"loss": 1.0 / step})
+    assert (run / "metrics.jsonl").read_bytes() == before
+    restore_logs(str(run), saved_states(sink), 10)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_log_is_refused_wherever_it_is_damaged(logs):
+    run, saved = logs
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes()
+    held = saved["metrics.jsonl"]["nbytes"]
+    for at in range(len(whole)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+            path.write_bytes(damaged)
+            if at >= held:
+                restore_logs(str(run), saved, 6)
+                assert path.read_bytes() == whole[:held]
+            else:
+                with pytest.raises(UserError, match=r"metrics.jsonl: damaged: .*since the checkpoint of step 6"):
+                    restore_logs(str(run), saved, 6)
+                assert path.read_bytes() == damaged, "it must not be changed"
+    path.unlink()
+    restore_logs(str(run), saved, 6)  # moved away: a new one begins
+
+
+def test_lines_that_a_full_disk_did_not_take_before_a_checkpoint_are_in_it(logs, monkeypatch):
+    run, _ = logs
+    sink = Config().open(str(run), 10, 20)
+    whole = (run / "metrics.jsonl").read_bytes()
+    sink.scalars(11, {"loss": 11.0})
+    sink.lines.write({"step": 12, "loss": 12.0})  # the disk is full
+    saved = saved_states(sink)
+    sink.scalars(13, {"loss": 13.0})
+    restore_logs(str(run), saved, 12)
+    assert (run / "metrics.jsonl").read_bytes() == whole + b'{"step": 11, "loss": 11.0}\n{"step": 12, "loss": 12.0}\n'
+
+
+def test_a_spike_that_was_rolled_back_stays_in_the_log(tmp_path):
+    log = Lines(str(tmp_path / "health.jsonl"))
+    log.write({"step": 3, "what": "not finite"})
+    log.flush()
+    saved = {"health.jsonl": log.state()}
+    for step in (8, 9, 10):
+        log.write({"step": step, "what": "spike"})
+    log.flush()
+    restore_logs(str(tmp_path), saved, 6, left_out={9})
+    assert [entry["step"] for entry in read_lines(log.path)] == [3, 9]

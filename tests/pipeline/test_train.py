@@ -12,6 +12,7 @@ import time
 import pytest
 
 from pipeline import checkpoint
+from pipeline.monitor.jsonl import Lines
 from tests.conftest import ROOT, SMALL, data, start, train
 
 SHORT = [*SMALL, "run.steps=4"]
@@ -87,7 +88,9 @@ def test_a_resumed_run_logs_what_one_that_was_not_stopped_does(digits, tmp_path)
         shutil.rmtree(second / f"checkpoints/step-{step:08d}")
     path = second / "checkpoints/step-00000003"
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "evaluation_due": True}))
+    state["evaluation_due"] = True
+    state["logs"]["metrics.jsonl"] = Lines("none").state()  # as before the evaluation's line, which is the first
+    (path / "state.json").write_text(json.dumps(state))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["state.json"] = checkpoint._facts(str(path / "state.json"))
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -107,6 +110,14 @@ def test_a_resumed_run_logs_what_one_that_was_not_stopped_does(digits, tmp_path)
     samples = [(run / "samples-rank0.jsonl").read_text() for run in (first, second)]
     assert samples[0].count("\n") == 8
     assert samples[0] == samples[1]
+
+    path = second / "metrics.jsonl"
+    path.write_bytes(damaged := path.read_bytes()[:-20])
+    code, output = train(*words, f"run.dir={second}", "run.steps=10")
+    assert code == 2, output
+    assert f"error: {path}: damaged: it ends at byte {len(damaged)} of {len(damaged) + 20}" in output
+    assert "Traceback" not in output
+    assert path.read_bytes() == damaged
 
 
 def test_each_log_line_of_one_step_has_a_speed(digits, tmp_path):
