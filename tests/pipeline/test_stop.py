@@ -49,14 +49,14 @@ def test_a_rank_that_hangs_when_its_launcher_dies_is_ended_hard(tmp_path):
 
 def test_a_rank_whose_checkpoint_still_grows_outlives_its_launcher(tmp_path):
     pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=True), {"TORCHELASTIC_RUN_ID": "x"})
-    time.sleep(5)
+    time.sleep(4)
     assert alive(pid)
     os.kill(pid, 9)
 
 
 def test_a_shell_that_is_gone_stops_nothing(tmp_path):
     pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=False), {})
-    time.sleep(5)
+    time.sleep(4)
     assert alive(pid)
     os.kill(pid, 9)
 
