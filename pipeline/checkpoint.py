@@ -63,7 +63,7 @@ class Saver:
         self.memory: dict[tuple[str | None, str], Tensor] = {}  # for the host copy
         self.thread: threading.Thread | None = None
         self.failure: str | None = None  # of the last attempt
-        self.seconds = 0.0  # that the last one took
+        self.longest_seconds = 0.0  # that one has taken
         self.clock = time.monotonic()
         if engine.ranks.is_main:  # no rank saves before all have met in the first step
             remove_leftovers(folder)
@@ -130,7 +130,8 @@ class Saver:
             )
             if ranks.is_main:
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
-        self.failure, self.seconds = problem, time.monotonic() - self.clock
+        self.failure = problem
+        self.longest_seconds = max(self.longest_seconds, time.monotonic() - self.clock)
 
 
 def write_share(folder: str, state: TrainingState, rank: int, world_size: int) -> dict[str, Any]:
