@@ -212,18 +212,22 @@ def test_a_killed_rank_takes_its_workers_along_and_the_other_rank_notices(digits
     ranks[1].communicate()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "accelerate of one process", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", "torchrun with preflight", "accelerate", "accelerate of one process", "deepspeed"]
+)
 def test_the_ranks_of_a_killed_launcher_save_and_end(digits, run, launcher):
     accelerate = ("accelerate", "launch", "--config_file", str(ROOT / "launch/accelerate/one_process.yaml"))
     command = {
         "torchrun": two_ranks(),
+        "torchrun with preflight": two_ranks(),
         "accelerate": (*accelerate, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())),
         "accelerate of one process": accelerate,
         "deepspeed": ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port())),
     }[launcher]
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed")
-    process = run.start(*data(digits), LONG, launcher=command)
+    script = "launch/start.py" if "preflight" in launcher else "pipeline/train.py"
+    process = run.start(*data(digits), LONG, launcher=command, script=script)
     run.wait_for_step(5, process)
     for pid in marked(run.mark):
         if pid == process.pid or "deepspeed.launcher.launch" in words_of(pid):
