@@ -38,7 +38,7 @@ if [[ $hosts ]]; then
     words=("$PWD/launch/torchrun.sh" --nodes "${NODES:-${#names[@]}}" --head "${head:-${names[0]}}" --port "$PORT"
         --max-restarts "$NODE_RESTARTS" "$@")
     # An interrupt doesn't reach the background. A file in the run directory stops all ranks after the same step.
-    trap 'mkdir -p "$run_dir"; touch "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM
+    trap 'mkdir -p "$run_dir"; touch "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
     declare -A started
     for name in "${names[@]}"; do
         ssh -o BatchMode=yes "$name" "$(printf '%q ' "${words[@]}")" </dev/null > >(sed -u "s/^/$name: /") 2>&1 &

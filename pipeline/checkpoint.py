@@ -95,7 +95,7 @@ class Saver:
         self.memory: dict[tuple[str | None, str], Tensor] = {}  # for the host copy
         self.thread: threading.Thread | None = None
         self.last = Outcome()
-        self.seconds = 0.0  # that the last one took
+        self.longest_seconds = 0.0  # that one has taken
         self.clock = time.monotonic()
 
     @property
@@ -226,7 +226,7 @@ class Saver:
                 outcome = Outcome(text, group_broken=outcome.group_broken)
                 if self.engine.ranks.is_main:
                     _warn(text)
-        self.seconds = time.monotonic() - self.clock
+        self.longest_seconds = max(self.longest_seconds, time.monotonic() - self.clock)
         self.last = outcome
 
     def _write(self, name: str, partial: str, state: TrainingState, facts: dict[str, Any]) -> Outcome:

@@ -372,10 +372,15 @@ class Trainer:
 
     def _warn_of_slow_saves(self) -> None:
         limit = launcher_patience(os.environ)
-        if limit is not None and self.saver.seconds > limit / 2 and self.engine.ranks.is_main and not self.warned:
+        if (
+            limit is not None
+            and self.saver.longest_seconds > limit / 2
+            and self.engine.ranks.is_main
+            and not self.warned
+        ):
             self.warned = True
             print(
-                f"\nwarning: a checkpoint took {self.saver.seconds:.0f} s, and the launcher kills the ranks"
+                f"\nwarning: a checkpoint took {self.saver.longest_seconds:.0f} s, and the launcher kills the ranks"
                 f" {limit:g} s after a signal: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={LAUNCHER_SECONDS} for it",
                 file=sys.stderr, flush=True,
             )  # fmt: skip

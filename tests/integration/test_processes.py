@@ -8,14 +8,19 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from pipeline.data.index import write_index
+from pipeline.data.source import ReadConfig
 from pipeline.drill import last_step, newest_checkpoint
-from tests.conftest import ROOT, data, free_port, start, two_ranks, until
-from tests.integration.test_survival import WORDS, marked, two
+from tests.conftest import ROOT, data, environment, free_port, start, two_ranks, until
+from tests.integration.test_survival import CONFIG, TINY, WORDS, marked, two
 from tests.pipeline.test_faults import Server
 
 pytestmark = [pytest.mark.survival, pytest.mark.timeout(600)]
@@ -30,8 +35,9 @@ class Run:
         self.environ = {"PIPELINE_TEST": str(folder)}
         self.processes = []
 
-    def start(self, *words, **options):
-        self.processes.append(start(*WORDS, *words, f"run.dir={self.path}", environ=self.environ, **options))
+    def start(self, *words, environ=(), **options):
+        environ = {**self.environ, **dict(environ)}
+        self.processes.append(start(*WORDS, *words, f"run.dir={self.path}", environ=environ, **options))
         return self.processes[-1]
 
     def wait_for_step(self, step, *processes):
@@ -75,7 +81,8 @@ def run(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for process in run.processes:
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.fixture
@@ -187,10 +194,12 @@ def test_a_hangup_that_is_ignored_ends_nothing(digits, run):
 
 
 # What is killed.
-def test_a_killed_rank_takes_its_workers_along_and_the_other_rank_notices(digits, run):
+def test_a_killed_rank_takes_its_workers_along_and_the_other_rank_notices(digits, run, tmp_path):
     """With more keys on the way than a pipe holds, and a command that feeds the data."""
+    urls = [f"pipe:cat {digits}/train-{number:03d}.tar" for number in range(4)]
+    write_index(urls, folder=str(tmp_path / "index"), limits=ReadConfig(allow_pipe=True))
     words = ["data.workers=3", "data.global_batch_size=1024", "data.read.allow_pipe=true"]
-    words += [f"data.train=pipe:cat {digits}/train-{{000..003}}.tar", f"data.index={digits}", "data.val=null"]
+    words += [f"data.train=[{', '.join(urls)}]", f"data.index={tmp_path / 'index'}", "data.val=null"]
     ranks = two(None, run.path, *words, environ=run.environ)
     run.wait_for_step(2, *ranks)
     ranks[1].kill()
@@ -203,28 +212,180 @@ def test_a_killed_rank_takes_its_workers_along_and_the_other_rank_notices(digits
     ranks[1].communicate()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "accelerate of one process", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", "torchrun with preflight", "accelerate", "accelerate of one process", "deepspeed"]
+)
 def test_the_ranks_of_a_killed_launcher_save_and_end(digits, run, launcher):
     accelerate = ("accelerate", "launch", "--config_file", str(ROOT / "launch/accelerate/one_process.yaml"))
     command = {
         "torchrun": two_ranks(),
+        "torchrun with preflight": two_ranks(),
         "accelerate": (*accelerate, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())),
         "accelerate of one process": accelerate,
         "deepspeed": ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port())),
     }[launcher]
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed")
-    process = run.start(*data(digits), LONG, launcher=command)
+    script = "launch/start.py" if "preflight" in launcher else "pipeline/train.py"
+    process = run.start(*data(digits), LONG, launcher=command, script=script)
     run.wait_for_step(5, process)
     for pid in marked(run.mark):
         if pid == process.pid or "deepspeed.launcher.launch" in words_of(pid):
             os.kill(pid, signal.SIGKILL)
     process.wait(10)
     run.all_gone(20)
-    run.check_saved("the launcher has died")
+    run.check_saved("the launcher has died|a stop on another rank")
 
 
 def words_of(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     return []
+
+
+@pytest.mark.parametrize("when", ["it is idle", "it evaluates"])
+def test_a_killed_validation_worker_is_named_and_costs_nothing(digits, run, when):
+    """Between evaluations nobody waits for it. On rank 1: all ranks save, then that one says why."""
+    words = [*data(digits), "run.evaluate_every_steps=5", "data.val_batch_size=8", "data.workers=2", "run.steps=40"]
+    before = 0
+    for _ in range(3 if when == "it is idle" else 1):
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [run.start(*words, environ={**common, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
+        run.wait_for_step(before + 2, *ranks)
+        workers = psutil.Process(ranks[1].pid).children()  # two for training, then two for validation
+        if when == "it evaluates":
+            run.wait_for_step(5, *ranks)
+        workers[-1].kill()
+        outputs = [rank.communicate(timeout=30)[0] for rank in ranks]
+        told = r"error: rank 1: validation data worker 1 of rank 1, (idle|reading \S+ from byte \d+), \(process \d+\)"
+        assert re.search(told + " ended by signal SIGKILL", outputs[1]), outputs
+        assert [rank.returncode for rank in ranks] == [0, 1], outputs
+        assert run.ended()["status"] == "failed"
+        assert "rank 1: validation data worker 1" in run.ended()["reason"]
+        before = run.ended()["step"]
+        assert before == last_step(str(run.path)) == newest_checkpoint(str(run.path))
+        run.all_gone()
+    run.finish(40, *words)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_training_worker_is_named_and_costs_nothing(digits, run, workers):
+    process = run.start(*data(digits), LONG, f"data.workers={workers}")
+    run.wait_for_step(5, process)
+    psutil.Process(process.pid).children()[0].kill()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1, output
+    assert re.search(r"error: rank 0: training data worker 0, .*\(process \d+\) ended by signal SIGKILL", output)
+    step = run.ended()["step"]
+    assert step == last_step(str(run.path)) == newest_checkpoint(str(run.path))
+    run.all_gone()
+    run.finish(step + 2, *data(digits))
+
+
+def test_the_compilers_of_a_killed_rank_end(digits, run, tmp_path):
+    """While g++ runs, and of a pool that waits for more."""
+    run.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    for step in (0, 1):
+        process = run.start(*data(digits), LONG, "engine.compile=block")
+        if step:
+            run.wait_for_step(step, process)
+        else:
+            until(lambda: any("cc1plus" in words_of(pid)[0] for pid in marked(run.mark) if words_of(pid)), 100, 0.02)
+        process.kill()
+        run.all_gone()
+
+
+def test_a_killed_drill_takes_its_job_along(digits, run, tmp_path):
+    command = [sys.executable, "-m", "pipeline.drill", *CONFIG, *TINY, *data(digits), "--dir", str(tmp_path / "drill")]
+    drill = subprocess.Popen(
+        command, cwd=ROOT, env=environment(run.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    run.processes.append(drill)
+    until(lambda: last_step(str(tmp_path / "drill/reference/run")) > 2 or drill.poll() is not None, 100, 0.05)
+    drill.kill()
+    run.all_gone()
+
+
+def test_ranks_in_preflight_end_with_their_launcher(digits, run):
+    """While they wait for storage."""
+    words = [*CONFIG, *TINY, f"data.train=pipe:sleep 100; cat {digits}/train-{{000..003}}.tar", "data.val=null"]
+    words += ["data.read.allow_pipe=true", "data.resampled=true", "run.epochs=null", LONG, f"run.dir={run.path}"]
+    process = start(*words, launcher=two_ranks(), script="launch/start.py", environ=run.environ)
+    run.processes.append(process)
+    until(lambda: ["sleep", "100"] in map(words_of, marked(run.mark)) or process.poll() is not None, 100, 0.1)
+    assert process.poll() is None, process.stdout.read()
+    process.kill()
+    run.all_gone()
+
+
+def test_evaluate_ends_whatever_fails(digits, run):
+    run.finish(2, *data(digits))
+
+    def evaluate(*words):
+        command = [sys.executable, "-m", "pipeline.evaluate", str(run.path), "--workers", "2", *words]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(run.environ), timeout=60, capture_output=True, text=True
+        )  # fmt: skip
+        run.all_gone()
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = evaluate("--predictions", str(run.path / "none/predictions.csv"))
+    assert code == 2
+    assert f"there is no folder {run.path / 'none'}; name a file in a folder that exists" in output
+    assert "image/s" not in output
+    code, output = evaluate("--predictions", "/dev/full")  # found out at the end only
+    assert code == 1
+    assert "No space left on device" in output
+
+
+# Launchers that lose patience.
+SLOW = """
+import os, time
+real, file = os.fsync, os.environ.get("SLOW_SAVE", "")
+def fsync(handle):
+    if os.path.exists(file):
+        seconds = float(open(file).read())
+        os.remove(file)
+        time.sleep(seconds)
+    return real(handle)
+os.fsync = fsync
+"""
+
+
+@pytest.fixture
+def slow_save(run, tmp_path):
+    """A file with the seconds that the next write of a checkpoint takes."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(SLOW)
+    run.environ |= {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "SLOW_SAVE": str(tmp_path / "slow")}
+    return tmp_path / "slow"
+
+
+def test_a_save_of_35_seconds_under_a_launch_script_is_not_cut_short(digits, run, slow_save):
+    words = ["--ranks", "2", *WORDS, *data(digits), LONG, f"run.dir={run.path}"]
+    process = start(*words, launcher=("bash",), script="launch/local.sh", environ=run.environ)
+    run.processes.append(process)
+    run.wait_for_step(5, process)
+    slow_save.write_text("35")
+    process.terminate()
+    process.wait(90)
+    run.check_saved("SIGTERM")
+    run.all_gone()
+
+
+def test_a_launcher_that_would_cut_a_save_short_is_told_of(digits, run, slow_save):
+    """At the start, and when a checkpoint has taken more than half of its time: the rank can't change the limit."""
+    process = run.start(*data(digits), LONG, "checkpoint.every_steps=20", launcher=two_ranks(),
+                        environ={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "25"})  # fmt: skip
+    run.wait_for_step(5, process)
+    slow_save.write_text("13")
+    run.wait_for_step(last_step(str(run.path)) + 60, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert "warning: the launcher kills ranks that still save 25 s after a signal" in output
+    told = re.findall(
+        r"warning: a checkpoint took (\d+) s, and the launcher kills the ranks 25 s after a signal", output
+    )
+    assert len(told) == 1, output
+    assert output.count("set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 for it") == 2
+    run.check_saved("SIGTERM")
