@@ -85,6 +85,7 @@ def open_run(folder: str, ranks: Ranks, overrides: Sequence[str]) -> Run:
 def close_run(run: Run) -> None:
     run.trainer.close()
     run.engine.barrier()
+    run.run_dir.close()
     run.engine.close()
 
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 
 import torch
+from fp16 import allow_fp16
 
 from pipeline import checkpoint
 from pipeline.build import build
@@ -40,6 +41,7 @@ def main():
     folder, shards, jobs = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))  # noqa: SIM115
     ranks = read_ranks(os.environ)
     export_ranks(ranks, os.environ)
+    allow_fp16()
     run = None
     for job in jobs:
         path = os.path.join(folder, job["name"])
@@ -52,6 +54,7 @@ def main():
         run.trainer.fit()
         run.trainer.close()
         run.engine.barrier()
+        run.run_dir.close()
         if ranks.is_main:
             print(json.dumps({"name": job["name"], "start_step": start, "same": same}), flush=True)
         if job is not jobs[-1]:

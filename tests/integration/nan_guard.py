@@ -45,7 +45,7 @@ def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16", "fp16"]) -
     added = None  # to the gradient of the patches
     model.patch.register_forward_hook(lambda *call: None if added is None else Poison.apply(call[-1], added))
     engine.prepare(model, build_optimizer(model, OptimizerConfig(ema_decay=0.9), 1.0), None, 0.9)
-    states, norms = [], []
+    states = []
     for step in range(STEPS):
         for micro in range(engine.plan.accumulation):
             way = POISONED.get(step) if ranks.rank == ranks.world_size - 1 and micro == 0 else None
@@ -56,8 +56,18 @@ def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16", "fp16"]) -
                 logits = engine.model(images).float()
                 loss = (logits**2 - logits).sum() / 8
                 engine.backward(loss * float("nan") if way == "loss" else loss)
-        norms.append(float(engine.step(1e-2)))
+        engine.step(1e-2)
         states.append(engine.gather_objects(engine.state()))
+    scales = []
+    if precision == "fp16":
+        scales.append(engine.loss_scale().scale)
+        for _ in range(30):
+            for _ in range(engine.plan.accumulation):
+                with engine.micro_step():
+                    engine.backward(engine.model(images).float().sum() * float("inf"))
+            engine.step(1e-2)
+        scales.append(engine.loss_scale().scale)
+        states[-1] = engine.gather_objects(engine.state())
     if ranks.is_main:
         same, changed = [], []
         for step in range(1, STEPS):
@@ -72,22 +82,22 @@ def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16", "fp16"]) -
             )  # fmt: skip
             (same if step in POISONED else changed).append(equal)
         finite = all(v.isfinite().all() for share in states[-1] for v in share.weights.values())
-        seen = {"kept": all(same), "goes on": not any(changed), "finite": bool(finite), "norms": norms}
+        seen = {"kept": all(same), "goes on": not any(changed), "finite": bool(finite), "scales": scales}
         print(json.dumps({"zero_stage": stage, "precision": precision, **seen}), flush=True)
     engine.barrier()
     engine.close()
 
 
 if __name__ == "__main__":
-    from deepspeed.accelerator import get_accelerator
+    from fp16 import allow_fp16
 
     ranks = read_ranks(os.environ)
     export_ranks(ranks, os.environ)
-    has_fp16 = get_accelerator().is_fp16_supported()
+    allow_fp16()
     torch.distributed.destroy_process_group = lambda: None  # DeepSpeed remembers groups of the first one
     for stage in ("null", "0", "1", "2", "3"):
         for precision in ("no", "bf16", "fp16"):
-            if precision != "fp16" or (has_fp16 and stage in ("1", "2", "3")):
+            if precision != "fp16" or stage in ("1", "2", "3"):
                 poison(ranks, stage, precision)
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()

@@ -45,13 +45,11 @@ PAIRS = [
 ]  # fmt: skip
 SAME = [f"2-{stage}-{precision}" for stage in STRATEGIES for precision in ("no", "bf16")]
 SAME += ["4-null-no", "4-null-bf16", "4-1-no", "4-2-no", "4-3-no"]
-HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # DeepSpeed's condition; DDP has fp16 on GPUs only
+CELLS += [f"{ranks}-{stage}-fp16" for ranks in (1, 2, 4) for stage in (1, 2, 3)]  # DDP has fp16 on GPUs only
 OVERFLOW = "2-2-fp16-overflow"
-if HAS_FP16:
-    CELLS += [f"{ranks}-{stage}-fp16" for ranks in (1, 2, 4) for stage in (1, 2, 3)]
-    MORE[OVERFLOW] = [f"engine.initial_loss_scale={2**22}"]  # far too high at first
-    PAIRS += [("1-1-fp16", "2-2-fp16"), ("2-2-fp16", "4-3-fp16"), ("2-3-fp16", "4-null-no"), ("2-null-no", "4-1-fp16")]
-    SAME += ["2-1-fp16", "2-2-fp16", "2-3-fp16", "4-3-fp16", OVERFLOW]
+MORE[OVERFLOW] = [f"engine.initial_loss_scale={2**22}"]  # far too high at first
+PAIRS += [("1-1-fp16", "2-2-fp16"), ("2-2-fp16", "4-3-fp16"), ("2-3-fp16", "4-null-no"), ("2-null-no", "4-1-fp16")]
+SAME += ["2-1-fp16", "2-2-fp16", "2-3-fp16", "4-3-fp16", OVERFLOW]
 TOLERANCE = {"no": 1e-5, "bf16": 5e-2, "fp16": 3e-2}  # of the loss, to one process in fp32 (sums in another order)
 NORM_TOLERANCE = {"no": 1e-5, "bf16": 1e-2, "fp16": 1e-3}  # of the first gradient's norm, relative
 
@@ -163,7 +161,6 @@ def test_on_the_same_ranks_a_resume_goes_on_bit_for_bit(matrix, cell):
 
 
 @pytest.mark.integration
-@pytest.mark.skipif(not HAS_FP16, reason="this CPU can't compute in fp16")
 def test_an_overflow_leaves_the_step_out_and_halves_the_loss_scale(matrix):
     folder, _ = matrix
     scales = logged(folder / OVERFLOW, "loss_scale")

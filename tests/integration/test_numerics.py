@@ -24,15 +24,17 @@ def poisoned():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [(stage, precision) for stage in STAGES for precision in ("no", "bf16")] + [(stage, "fp16") for stage in "123"],
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_never_reaches_the_weights(poisoned, zero_stage, precision):
-    if precision == "fp16" and (zero_stage, precision) not in poisoned:
-        pytest.skip("fp16: not in ZeRO-0, under DDP on GPUs only, and not on every CPU")
     found = poisoned[zero_stage, precision]
     assert found["kept"], found
     assert found["goes on"], found
     assert found["finite"], found
+    if precision == "fp16":  # three overflows, of which DeepSpeed forgives the first; then many at the smallest scale
+        assert found["scales"] == [256.0, 1.0], found
 
 
 @pytest.fixture(scope="module")
