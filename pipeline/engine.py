@@ -419,6 +419,11 @@ class Engine:
             torch.distributed.all_reduce(values)
         return values
 
+    def weights_are_finite(self) -> bool:
+        """On all ranks. Collective, and waits for the device."""
+        wrong = sum(not master.isfinite().all() for master in self.masters())
+        return not self.reduce_sum(torch.tensor([float(wrong)], device=self.device)).item()
+
     def gather_rows(self, values: Tensor) -> Tensor:
         """Everybody's `values` (1, n), by rank: (ranks, n). Collective, on the device."""
         rows = values.new_zeros(self.ranks.world_size, values.shape[1])

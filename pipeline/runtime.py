@@ -437,9 +437,8 @@ class Vote:
 
         assert self.pending is None
         save = self.ranks.is_main and self.save_wanted()
-        wish = torch.tensor(
-            [int(self.stop.wanted() or failed), int(failed), int(save), int(self.settle_wanted()), valid_rows]
-        )
+        wishes = (self.stop.wanted() or failed, failed, save, self.settle_wanted())
+        wish = torch.tensor([*map(int, wishes), valid_rows])
         work = dist.all_reduce(wish, group=self.group, async_op=True) if self.group is not None else None
         self.pending = work, wish
 

@@ -138,11 +138,9 @@ class Trainer:
         self.watchdog.growth.start(self.watchdog.interval)
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
-            if self.saver.is_best(self.last_evaluation):
+            if self.problem is not None or self.saver.is_best(self.last_evaluation):
                 self._save(step)
                 saved = step
-        if self.problem is not None:
-            self._save(step)
         if step < self.total_steps:
             batches = iter(self.train)
             batch = self._next(step, batches)
@@ -151,12 +149,12 @@ class Trainer:
             agreed = self._agree(self.vote)
             if agreed.stop:
                 break
+            save_again = agreed.settle and self._settle_saver(step)
             assert batch is not None  # a rank without one votes to stop
             if step == self.start_step:
                 self._show_inputs(step, batch)
                 self._warm_up(batch)
                 self.meter.reset()
-            save_again = agreed.settle and self._settle_saver(step)
             # Fetched before the step, so that the ranks' vote on it arrives while the step computes.
             upcoming = self._next(step, batches) if step + 1 < self.total_steps else batch
             skipped = any(first <= step <= last for first, last in self.skips)
@@ -253,8 +251,8 @@ class Trainer:
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._settle(step)
-        self.sinks.scalars(step, self.last_evaluation)
         self.problem = self.problem or self.saver.lacks_metric(found)
+        self.sinks.scalars(step, self.last_evaluation)
         return self.last_evaluation
 
     def _evaluated(self, step: int, model: nn.Module, name: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO stages behind the interface of `engine.py`."""
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -263,6 +264,20 @@ class ZeroEngine(Engine):
 
     def release(self) -> None:
         self.model.destroy()
+        if self.config.zero_stage == 3:
+            forget_models()
         nn.functional.linear = self.linear
         super().release()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # Accelerate's own, which would make the next engine one too
+
+
+def forget_models() -> None:
+    """ZeRO-3 keeps each model of the process alive in a list, and in the cache of a method."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cached in (method, *inspect.getclosurevars(method).nonlocals.values()):  # another decorator hides it
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
