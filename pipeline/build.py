@@ -279,6 +279,7 @@ def roll_back(run: Run, spike: Rollback) -> None:
         run.run_dir.write("skipped.json", [*known, entry])
         run.trainer.saver.store.discard_after(spike.first)
     run.engine.barrier()
+    run.trainer.saver.close()
     run.engine.release()
 
 
