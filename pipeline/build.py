@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pipeline.health import Health, Rollback, SpikeDetector
 from pipeline.ledger import Ledger
 from pipeline.meeting import StopNews
 from pipeline.metrics import Sums
-from pipeline.monitor.jsonl import Lines, drop_lines_after, read_lines
+from pipeline.monitor.jsonl import Lines, keep_lines, read_lines
 from pipeline.monitor.meter import Meter, peak_flops
 from pipeline.monitor.sink import Sinks
 from pipeline.optimizer import build_optimizer
@@ -168,7 +167,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         engine, lambda: (find_train_index(config, ranks, source), read_classes(config.data.train, source))
     )
     model = build_model(config.model, config.engine, config.run.seed)
-    if config.model.init_from is not None and checkpoint.latest(run_dir.checkpoints)[0] is None:
+    if config.model.init_from is not None and not checkpoint.has_any(run_dir.checkpoints):
         model.load_state_dict(fit_weights(model, config.model.init_from, config.model.new_head))
     epoch_rows = index.samples * config.data.repeats if index else None
     total_steps = config.run.total_steps(epoch_rows or 0, plan.global_batch)
@@ -178,7 +177,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     lease_path = engine.gather_objects(None if run_dir.lease is None else run_dir.lease.path)[0]
     run_dir.join(lease_path)
     assert run_dir.lease is not None
-    start_step, state, facts = restore(run_dir, engine, ranks)
+    store = checkpoint.Store(run_dir.checkpoints)
+    start_step, state, facts = restore(store, engine, ranks)
     evaluation_due = facts.get("evaluation_due", False)
     writes = ranks.is_main and not is_complete(start_step, total_steps, evaluation_due)
     stream = train_stream(
@@ -199,15 +199,18 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         sinks.text("config", to_yaml(config))
     peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
     named = {"config": to_tree(config), "classes": classes}
-    saver = checkpoint.Saver(config.checkpoint, run_dir.checkpoints, engine, named)
+    saver = checkpoint.Saver(config.checkpoint, store, engine, named, run_dir.lease)
+    skipped = run_dir.read("skipped.json") or []
     if ranks.is_main:
-        drop_lines_after(run_dir.file("health.jsonl"), start_step)
+        drop_health_lines(run_dir.file("health.jsonl"), start_step, skipped)
     interval = facts.get("interval", {"sums": {}, "grad_norm": None})
     saved = facts.get("health", {"counts": {}, "spikes": None})
+    counts = dict(saved["counts"])
+    spikes = max((entry.get("spikes", 0) for entry in skipped), default=0)  # the checkpoint is older than the last ones
+    if spikes:
+        counts["spikes"] = max(spikes, counts.get("spikes", 0))
     detector = SpikeDetector.resume(config.health, saved["spikes"])
-    health = Health(
-        config.health, engine, detector, Lines(run_dir.file("health.jsonl")), dict(saved["counts"]), devices
-    )
+    health = Health(config.health, engine, detector, Lines(run_dir.file("health.jsonl")), counts, devices)
     watchdog = Watchdog(
         config.health.hang_seconds, ranks, read_rendezvous(os.environ), run_dir.path,
         reading=lambda: trainer.reading(),
@@ -225,7 +228,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         val=val,
         sinks=sinks,
         meter=Meter(training_flops(config.model), peak, ranks.world_size),
-        vote=Vote(stop, ranks, saver.wanted, config.engine.timeout_seconds),
+        vote=Vote(stop, ranks, saver.wanted, saver.needs_all_ranks, config.engine.timeout_seconds),
         health=health,
         watchdog=watchdog,
         ledger=Ledger(
@@ -240,7 +243,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         saver=saver,
         lease=run_dir.lease,
         averaged_model=(lambda: averaged_model(config, engine)) if config.optimizer.ema_decay is not None else None,
-        skips=[(entry["first"], entry["last"]) for entry in run_dir.read("skipped.json") or []],
+        skips=[(entry["first"], entry["last"]) for entry in skipped],
         profiler=build_profiler(config, run_dir) if ranks.is_main else None,
         class_names=classes or [],
         start_step=start_step,
@@ -248,7 +251,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         epoch_rows=epoch_rows,
         val_samples=val_samples,
         steps_done=start_step,
-        last_evaluation={},
+        last_evaluation=facts.get("evaluation", {}),
+        evaluated_step=start_step,
         evaluation_due=evaluation_due,
         sums=Sums.resume(engine, interval["sums"]),
         grad_norm=interval["grad_norm"],
@@ -269,9 +273,12 @@ def roll_back(run: Run, spike: Rollback) -> None:
     run.trainer.close()
     if run.ranks.is_main:
         known = run.run_dir.read("skipped.json") or []
-        run.run_dir.write("skipped.json", [*known, {"first": spike.first, "last": spike.last, "reason": spike.reason}])
-        checkpoint.discard_after(run.run_dir.checkpoints, spike.first)
+        spikes = run.trainer.health.counts["spikes"]  # so far: the checkpoint that is gone back to knows of fewer
+        entry = {"first": spike.first, "last": spike.last, "reason": spike.reason, "spikes": spikes}
+        run.run_dir.write("skipped.json", [*known, entry])
+        run.trainer.saver.store.discard_after(spike.first)
     run.engine.barrier()
+    run.trainer.saver.close()
     run.engine.release()
 
 
@@ -287,14 +294,27 @@ def build_evaluation(config: RunConfig, engine: Engine, ranks: Ranks, news: Stop
     return Loader(stream, config.data.workers, engine.device, news.wanted), index.samples
 
 
-def restore(run_dir: RunDir, engine: Engine, ranks: Ranks) -> tuple[int, Any, dict[str, Any]]:
-    """The step to go on from, and state and facts of the newest whole checkpoint."""
-    # One rank reads and checks all of it, then the others need not.
-    found = checkpoint.latest(run_dir.checkpoints) if ranks.is_main else None
-    path, skipped = engine.gather_objects(found)[0]
-    if ranks.is_main:
-        for reason in skipped:
-            print(f"skipped {reason}", file=sys.stderr)
+def drop_health_lines(path: str, start_step: int, skipped: list[dict[str, Any]]) -> None:
+    """Drops the lines of steps that are repeated; those of steps that are left out are not."""
+    left_out = {step + 1 for entry in skipped for step in range(entry["first"], entry["last"] + 1)}
+    keep_lines(path, lambda entry: entry["step"] <= start_step or entry["step"] in left_out)
+
+
+def restore(store: checkpoint.Store, engine: Engine, ranks: Ranks) -> tuple[int, Any, dict[str, Any]]:
+    """The step to go on from, and state and facts of the newest intact checkpoint.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact.
+    """
+    path, problem = None, None
+    if ranks.is_main:  # one rank reads and checks all of it, then the others need not
+        try:
+            path = store.find_newest()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    path, problem = engine.gather_objects((path, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
     if path is None:
         return 0, None, {}
     if ranks.is_main:

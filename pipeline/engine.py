@@ -6,7 +6,7 @@ One process and plain DDP; `zero.py` has DeepSpeed behind the same interface. Th
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -148,8 +148,8 @@ class LossScale:
 class TrainingState:
     """A model and its optimizer, whatever the strategy: full fp32 tensors by parameter name, on the CPU."""
 
-    weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> tensor; also "ema"
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> tensor; also "ema"
     updates: int = 0  # Adam's step counter
     loss_scale: LossScale | None = None  # of fp16
 
@@ -322,7 +322,8 @@ class Engine:
         `memory` keeps the copies' memory for the next call, which writes them anew: new pages cost more than the copy.
         """
         memory = {} if memory is None else memory
-        weights, moments = {}, {key: {} for key in self.slots}  # type: ignore[var-annotated]
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {key: {} for key in self.slots}
         mine = set(share_of(self.sizes(), self.ranks.rank, self.ranks.world_size))
         for name, parameter in self.module.named_parameters():
             for key, kept in ((None, weights), *moments.items()):
@@ -418,6 +419,11 @@ class Engine:
             torch.distributed.all_reduce(values)
         return values
 
+    def weights_are_finite(self) -> bool:
+        """On all ranks. Collective, and waits for the device."""
+        wrong = sum(not master.isfinite().all() for master in self.masters())
+        return not self.reduce_sum(torch.tensor([float(wrong)], device=self.device)).item()
+
     def gather_rows(self, values: Tensor) -> Tensor:
         """Everybody's `values` (1, n), by rank: (ranks, n). Collective, on the device."""
         rows = values.new_zeros(self.ranks.world_size, values.shape[1])
@@ -473,8 +479,13 @@ def share_of(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
     return mine
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises UserError where names or shapes differ."""
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies the weights one by one: those of a checkpoint are read when they are asked for.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     given = {name: tuple(w.shape) for name, w in weights.items()}
     wrong = [
@@ -484,4 +495,5 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     ]
     if wrong:
         raise UserError("the checkpoint is of another model: " + "; ".join(wrong[:5]))
-    model.load_state_dict(weights)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])

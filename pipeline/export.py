@@ -20,7 +20,7 @@ def export(path: str, layout: str, out: str, ema: bool = False) -> None:
     require(path)
     facts = load_state(path)
     config = config_from_tree(facts["config"], path)
-    write_weights(load_weights(path, ema), config.model, layout, out, facts["classes"] or [])
+    write_weights(dict(load_weights(path, ema)), config.model, layout, out, facts["classes"] or [])
     print(f"wrote {out}: {config.model.variant} after step {facts['step']}, layout {layout}")
 
 

@@ -248,9 +248,10 @@ class Health:
         self._note({"step": record.step + 1, "what": "not finite", "ranks": found})
         self._tell(f"step {record.step + 1}: {what}; weights and moments stayed as they were")
         if self.counts["nonfinite_steps"] > self.config.max_nonfinite_steps:
+            weights = "the weights are finite" if self.engine.weights_are_finite() else "the weights are not finite"
             raise UserError(
                 f"step {record.step + 1}: {what}; {self.counts['nonfinite_steps']} steps by now, and"
-                f" health.max_nonfinite_steps={self.config.max_nonfinite_steps}; the weights are finite: lower"
+                f" health.max_nonfinite_steps={self.config.max_nonfinite_steps}; {weights}: lower"
                 " schedule.peak_lr, set engine.grad_clip, or engine.precision=no, and start again"
             )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import write_durably
 from pipeline.lease import Lease, LeaseLost, acquire, observe
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
@@ -91,10 +92,7 @@ class RunDir:
 
     def write(self, name: str, value: Any) -> None:
         text = value if isinstance(value, str) else json.dumps(value, indent=1)
-        partial = self.file(f".{name}.{os.getpid()}.part")
-        with open(partial, "w") as file:
-            file.write(text)
-        os.replace(partial, self.file(name))
+        write_durably(self.file(name), text)
 
     def start(self, config_yaml: str, classes: list[str] | None, devices: list[str], settings: dict[str, Any]) -> None:
         """Writes what this start of the run is; `devices` names each rank's, `settings` what makes it deterministic."""

@@ -403,21 +403,29 @@ class Agreement:
     stop: bool
     failed: bool  # a rank stops since it can't go on
     save: bool
+    settle: bool  # the savers need all ranks
     valid_rows: int  # of the global batch
 
 
 class Vote:
     """What all ranks must know of each other before a step, without asking a device.
 
-    `start` sends, on a CPU group, whether this rank wants to stop or (rank 0 only) a checkpoint by the clock, and how
-    many of its rows are valid; `finish` brings the answer of all, a step later, when it has long arrived. So all do
-    the same at the same step.
+    `start` sends, on a CPU group, whether this rank wants to stop or (rank 0 only) a checkpoint by the clock, whether
+    its saver needs all ranks, and how many of its rows are valid; `finish` brings the answer of all, a step later, when
+    it has long arrived. So all do the same at the same step.
     """
 
-    def __init__(self, stop: StopSignal, ranks: Ranks, save_wanted: Callable[[], bool], timeout_seconds: int):
+    def __init__(
+        self,
+        stop: StopSignal,
+        ranks: Ranks,
+        save_wanted: Callable[[], bool],
+        settle_wanted: Callable[[], bool],
+        timeout_seconds: int,
+    ):
         import torch.distributed as dist
 
-        self.stop, self.ranks, self.save_wanted = stop, ranks, save_wanted
+        self.stop, self.ranks, self.save_wanted, self.settle_wanted = stop, ranks, save_wanted, settle_wanted
         timeout = datetime.timedelta(seconds=timeout_seconds)  # a group's own default, unlike the first group's
         self.group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
         self.pending: Any = None
@@ -429,7 +437,8 @@ class Vote:
 
         assert self.pending is None
         save = self.ranks.is_main and self.save_wanted()
-        wish = torch.tensor([int(self.stop.wanted() or failed), int(failed), int(save), valid_rows])
+        wishes = (self.stop.wanted() or failed, failed, save, self.settle_wanted())
+        wish = torch.tensor([*map(int, wishes), valid_rows])
         work = dist.all_reduce(wish, group=self.group, async_op=True) if self.group is not None else None
         self.pending = work, wish
 
@@ -438,8 +447,8 @@ class Vote:
         self.pending = None
         if work is not None:
             work.wait()
-        stop, failed, save, rows = wish.tolist()
-        return Agreement(stop > 0, failed > 0, save > 0, rows)
+        stop, failed, save, settle, rows = wish.tolist()
+        return Agreement(stop > 0, failed > 0, save > 0, settle > 0, rows)
 
     def between_steps(self) -> "Vote":
         """Another one of the same ranks, to begin and finish while this one is under way."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import shlex
 import sys
@@ -98,7 +99,8 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
         )  # fmt: skip
     run_dir = RunDir(config.run.dir)
     run: Any = None
-    stop.on_end = lambda reason: run_dir.end("failed", run.trainer.steps_done if run else 0, reason)
+    steps_done = 0  # before `run`
+    stop.on_end = lambda reason: run_dir.end("failed", run.trainer.steps_done if run else steps_done, reason)
     try:
         ended = None
         while ended is None:
@@ -108,6 +110,9 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
                 ended = ("finished", run.trainer.start_step) if complete else run.trainer.fit()
             except Rollback as spike:
                 roll_back(run, spike)
+                steps_done, run = spike.first, None
+            if run is None:  # outside of the except block, whose traceback holds the run as well
+                gc.collect()  # or there would be two models in memory
         status, step = ended
         trainer = run.trainer
         if complete:
@@ -144,7 +149,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
         shown = explain(error, config, ranks)
         ending.callback(end_within(END_SECONDS, EXIT_USER_ERROR if isinstance(shown, UserError) else EXIT_CRASH).cancel)
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            run_dir.end("failed", run.trainer.steps_done if run else 0, f"rank {ranks.rank}: {shown}")
+            run_dir.end("failed", run.trainer.steps_done if run else steps_done, f"rank {ranks.rank}: {shown}")
         if run is not None:
             run.trainer.close(failed=True)
         if shown is not error:

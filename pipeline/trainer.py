@@ -111,6 +111,7 @@ class Trainer:
     val_samples: int
     steps_done: int
     last_evaluation: dict[str, float]
+    evaluated_step: int  # of `last_evaluation`
     evaluation_due: bool  # a stop has broken off the one of the step that is done
     sums: Sums  # of the steps since the last log line
     grad_norm: float | None  # the last finite one since then
@@ -135,8 +136,9 @@ class Trainer:
         self.watchdog.growth.start(self.watchdog.interval)
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
-        if self.problem is not None:
-            self._save(step)
+            if self.problem is not None or self.saver.is_best(self.last_evaluation):
+                self._save(step)
+                saved = step
         if step < self.total_steps:
             batches = iter(self.train)
             batch = self._next(step, batches)
@@ -145,6 +147,7 @@ class Trainer:
             agreed = self._agree(self.vote)
             if agreed.stop:
                 break
+            save_again = agreed.settle and self._settle_saver(step)
             assert batch is not None  # a rank without one votes to stop
             if step == self.start_step:
                 self._show_inputs(step, batch)
@@ -163,12 +166,13 @@ class Trainer:
             self.steps_done = step = step + 1
             if due(step, self.settings.log_every_steps, self.total_steps):
                 self._log(step)
+            save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save or save_again
             if due(step, self.settings.evaluate_every_steps, self.total_steps):
                 with self.meter.paused():
-                    self.evaluate(step)
+                    evaluation = self.evaluate(step)
                 if self.evaluation_due:
                     break
-            save = due(step, self.saver.config.every_steps, self.total_steps) or agreed.save
+                save |= self.saver.is_best(evaluation)
             if save or self.problem is not None:
                 self._save(step)
                 saved = step
@@ -177,7 +181,8 @@ class Trainer:
         self.vote.drain()
         if step != saved and step > 0:
             self._save(step)
-        self.watchdog.beat("save", step)
+        while self._settle_saver(step):
+            self._save(step)
         self.saver.finish()
         return ("finished" if self.complete else "failed" if self.failed else "saved"), step
 
@@ -240,10 +245,11 @@ class Trainer:
         finally:
             self.engine.model.train()  # here and not in each step: it visits every module
         self.lease.check()
-        self.last_evaluation = found
+        self.last_evaluation, self.evaluated_step = found, step
         if self.last_evaluation["val/count"] < self.val_samples:
             self.last_evaluation["val/bad"] = self.val_samples - self.last_evaluation["val/count"]
             self._settle(step)
+        self.problem = self.problem or self.saver.lacks_metric(found)
         self.sinks.scalars(step, self.last_evaluation)
         return self.last_evaluation
 
@@ -355,7 +361,7 @@ class Trainer:
         self.sinks.flush()
         if self.bad_rows_seen:
             self._settle(step)
-        self.saver.save(step, self._facts())
+        self.saver.save(step, self._facts(step))
         if self.problem is not None:  # nothing is wrong with the weights: the rows were masked
             self.saver.finish()
             raise UserError(self.problem)
@@ -370,10 +376,16 @@ class Trainer:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
-    def _facts(self) -> dict[str, Any]:
+    def _settle_saver(self, step: int) -> bool:
+        """Whether a checkpoint must be saved again, since the ranks have lost each other while they wrote it."""
+        self.watchdog.beat("save", step)
+        return self.saver.settle()
+
+    def _facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps beside the training state. Collective."""
+        evaluation = self.last_evaluation if self.evaluated_step == step else {}
         return {
-            "evaluation": self.last_evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
+            "evaluation": evaluation, "evaluation_due": self.evaluation_due, "health": self.health.saved(),
             "skipped_steps": list(self.skips), "interval": {"sums": self.sums.saved(), "grad_norm": self.grad_norm},
         }  # fmt: skip
 

@@ -35,7 +35,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     path = find_checkpoint(path)
     if os.path.exists(os.path.join(path, "manifest.json")):
         checkpoint.require(path)
-        return checkpoint.load_weights(path)
+        return dict(checkpoint.load_weights(path))
     if os.path.isdir(path):
         names = [name for name in FOLDER_FILES if os.path.exists(os.path.join(path, name))]
         if not names:

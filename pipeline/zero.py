@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO stages behind the interface of `engine.py`."""
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -211,9 +212,7 @@ class ZeroEngine(Engine):
         kept = []
         for values in (state.weights, *state.moments.values()):
             joined = {name: torch.empty(sizes[name]) for name in shares[self.ranks.rank]}
-            sent = torch.cat(
-                [values.pop(name).flatten() for pieces in mine for name, _, _ in pieces] or [torch.empty(0)]
-            )
+            sent = torch.cat([values[name].flatten() for pieces in mine for name, _, _ in pieces] or [torch.empty(0)])
             coming, going = ([sum(length for _, _, length in pieces) for pieces in way] for way in (theirs, mine))
             received = sent if world_size == 1 else torch.empty(sum(coming))
             if world_size > 1:
@@ -246,7 +245,6 @@ class ZeroEngine(Engine):
     def _set(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
         from deepspeed import utils
 
-        value = value.to(self.device)
         if self.config.zero_stage == 0:
             master = self._master(parameter)
             (master.data if key is None else self.torch_optimizer().state[master][key]).copy_(value)
@@ -256,10 +254,9 @@ class ZeroEngine(Engine):
             else:
                 utils.safe_set_full_optimizer_state(parameter, value, key)
         else:  # ZeRO-3 pads a parameter's last partition; its own setter for full values fails there
-            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            padded = value.new_zeros(size * self.ranks.world_size)
-            padded[: value.numel()] = value.flatten()
-            local = padded[size * self.ranks.rank : size * (self.ranks.rank + 1)]
+            begin, length = self._piece(parameter)
+            local = value.new_zeros(parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+            local[:length] = value.flatten()[begin : begin + length]
             if key is None:
                 utils.safe_set_local_fp32_param(parameter, local)
             else:
@@ -267,6 +264,20 @@ class ZeroEngine(Engine):
 
     def release(self) -> None:
         self.model.destroy()
+        if self.config.zero_stage == 3:
+            forget_models()
         nn.functional.linear = self.linear
         super().release()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # Accelerate's own, which would make the next engine one too
+
+
+def forget_models() -> None:
+    """ZeRO-3 keeps each model of the process alive in a list, and in the cache of a method."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cached in (method, *inspect.getclosurevars(method).nonlocals.values()):  # another decorator hides it
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()

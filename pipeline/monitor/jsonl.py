@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.files import replacing
 from pipeline.monitor.sink import Sink
 
 
@@ -78,12 +79,11 @@ def keep_lines(path: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
     if not os.path.exists(path):
         return
     damaged = 0
-    with open(path + ".part", "wb") as file:
+    with replacing(path) as file:
         for line, entry in _lines(path):
             if entry is not None and wanted(entry):
                 file.write(line)
             damaged += entry is None and line.endswith(b"\n")
-    os.replace(path + ".part", path)
     if damaged:
         print(f"\nwarning: {path}: removed {damaged} lines that are not readable", file=sys.stderr, flush=True)
 

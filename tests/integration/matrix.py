@@ -45,7 +45,7 @@ def main():
         path = os.path.join(folder, job["name"])
         if job.get("copy_from") and ranks.is_main:
             shutil.copytree(os.path.join(folder, job["copy_from"]), path)
-            checkpoint.discard_after(os.path.join(path, "checkpoints"), 4)
+            checkpoint.Store(os.path.join(path, "checkpoints")).discard_after(4)
         words = [f"run.dir={path}", f"data.train={shards}/train-{{000..003}}.tar", "data.val=[]", *job["words"]]
         run = build(load_config("configs/digits.yaml", words), ranks, StopSignal(), RunDir(path))
         same, start = loaded_bit_for_bit(run), run.trainer.start_step

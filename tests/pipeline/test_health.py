@@ -6,12 +6,18 @@ import subprocess
 import sys
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.health import HealthConfig, SpikeDetector
+from pipeline.build import drop_health_lines
+from pipeline.engine import Engine, EngineConfig
+from pipeline.errors import UserError
+from pipeline.health import Health, HealthConfig, SpikeDetector
+from pipeline.monitor.jsonl import Lines
+from pipeline.runtime import Ranks
 from tests.conftest import ROOT, SMALL, data, environment, start, train
 from tests.pipeline.test_faults import Server
 
@@ -45,9 +51,9 @@ def without_step_26(digits, tmp_path_factory):
     return run
 
 
-def poisoned(digits, run, *words):
-    command = [sys.executable, str(ROOT / "tests/pipeline/poisoned.py"), "26", *SHORT, *data(digits), *words]
-    command += [f"run.dir={run}", "run.steps=32"]
+def poisoned(digits, run, *words, steps="26"):
+    command = [sys.executable, str(ROOT / "tests/pipeline/poisoned.py"), steps, *SHORT, *data(digits), *words]
+    command += [f"run.dir={run}", *([] if any(w.startswith("run.steps") for w in words) else ["run.steps=32"])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment({}), timeout=200)
     return done.returncode, done.stdout + done.stderr
 
@@ -82,6 +88,12 @@ def test_a_spike_ends_where_a_run_without_its_batch_does(digits, tmp_path, witho
         assert json.loads((tmp_path / "skipped.json").read_text())[0]["first"] == 26
         assert lines(tmp_path)[-2]["skipped_steps"] == 1
         assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(4, 33, 4))
+        assert "left in memory: nothing\nresuming from" in output, "the first run was gone before the second was built"
+        code, output = poisoned(digits, tmp_path, "health.on_spike=rollback", "run.steps=36")
+        assert code == 0, output
+        (entry,) = lines(tmp_path, "health.jsonl")  # that the rollback has not dropped, nor the resume
+        assert (entry["step"], entry["what"]) == (27, "spike: rollback")
+        assert lines(tmp_path)[-2]["spikes"] == 1
     else:
         assert lines(tmp_path)[-2]["spikes"] == 1
 
@@ -95,10 +107,51 @@ def test_a_spike_is_told_and_no_more_by_default(digits, tmp_path, without_step_2
     assert last_weights(tmp_path).updates == 32
 
 
-def test_spikes_have_a_limit(digits, tmp_path):
-    code, output = poisoned(digits, tmp_path, "health.on_spike=rollback", "health.max_spikes=0")
+def test_spikes_have_a_limit_that_counts_those_before_a_rollback_and_a_resume(digits, tmp_path):
+    words = ["health.on_spike=rollback", "health.max_spikes=1", "data.val=[]"]
+    code, output = poisoned(digits, tmp_path, *words, steps="26,29")
     assert code == 2, output
-    assert "health.max_spikes=0; lower schedule.peak_lr" in output
+    assert "the 2. spike, and health.max_spikes=1; lower schedule.peak_lr" in output
+    code, output = poisoned(digits, tmp_path, *words, "run.log_every_steps=8", steps="29")
+    assert code == 2, output
+    assert "the 2. spike" in output, "the count of the first start"
+    assert [entry["step"] for entry in lines(tmp_path, "health.jsonl")] == [27, 30]
+
+
+@pytest.mark.integration
+def test_a_rollback_under_zero_3_leaves_no_model_behind(digits, tmp_path):
+    words = ["health.on_spike=rollback", "engine.zero_stage=3", "data.val=[]"]
+    code, output = poisoned(digits, tmp_path, *words, steps="26,29")
+    assert code == 0, output
+    assert output.count("left in memory: nothing\nresuming from") == 2, output
+
+
+def test_notes_of_steps_that_are_repeated_are_dropped_and_those_of_steps_that_are_left_out_are_not(tmp_path):
+    file = tmp_path / "health.jsonl"
+    file.write_text("".join(json.dumps({"step": step, "what": "spike: rollback"}) + "\n" for step in (3, 9, 12, 14)))
+    drop_health_lines(str(file), 8, [{"first": 10, "last": 11}, {"first": 8, "last": 8}])
+    assert [entry["step"] for entry in lines(tmp_path, "health.jsonl")] == [3, 9, 12]  # counted from 1
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_last_message_does_not_call_weights_finite_that_are_not(tmp_path, finite):
+    engine = SimpleNamespace(
+        ranks=Ranks(0, 1, 0, 1), config=EngineConfig(), reduce_sum=lambda values: values,
+        gather_objects=lambda value: [value], weights_are_finite=lambda: finite,
+    )  # fmt: skip
+    config = HealthConfig(max_nonfinite_steps=0)
+    health = Health(config, engine, SpikeDetector.resume(config, None), Lines(str(tmp_path / "health.jsonl")), {})
+    health.add(0, torch.tensor(float("nan")), torch.tensor(1.0), torch.tensor(1.0), ["sample"])
+    with pytest.raises(UserError, match=f"the weights are {'finite' if finite else 'not finite'}: lower"):
+        health.read()
+
+
+def test_an_engine_knows_whether_its_weights_are_finite():
+    layer = torch.nn.Linear(2, 2)
+    engine = SimpleNamespace(masters=lambda: list(layer.parameters()), device="cpu", reduce_sum=lambda values: values)
+    assert Engine.weights_are_finite(engine)
+    layer.bias.data[1] = float("inf")
+    assert not Engine.weights_are_finite(engine)
 
 
 def test_a_detector_resumes_as_it_was_and_ignores_a_falling_loss():
