@@ -41,9 +41,9 @@ def test_the_engine_benchmark_runs(tmp_path):
     assert set(zero["seconds"]) == {"plain", "ours", "deepspeed"}
     assert min(*ddp["seconds"].values(), *zero["seconds"].values()) > 0
     parameters = found["measured"]["time"][0]["parameters"]
-    # Data parallelism sums each gradient once, in fp32; the vote of the ranks is three numbers of 8 bytes.
-    assert found["communication"][0]["payload"] == {"allreduce": 4 * parameters + 24}
-    assert found["communication"][0]["sent"] == 4 * parameters + 24  # a ring of two
+    # Data parallelism sums each gradient once, in fp32; the vote of the ranks is four numbers of 8 bytes.
+    assert found["communication"][0]["payload"] == {"allreduce": 4 * parameters + 32}
+    assert found["communication"][0]["sent"] == 4 * parameters + 32  # a ring of two
     ddp, zero = found["memory"]
     assert ddp["weights"] == 4 * parameters
     assert ddp["moments"] == 8 * parameters
