@@ -98,6 +98,26 @@ def until(happened, seconds=500.0, pause=0.002):
         time.sleep(pause)
 
 
+SLOW_SAVES = """
+import os, time
+real, file = os.fsync, os.environ["SLOW_SAVES"]
+def fsync(handle):
+    if os.path.exists(file):
+        seconds = float(open(file).read())
+        os.remove(file)
+        time.sleep(seconds)
+    return real(handle)
+os.fsync = fsync
+"""
+
+
+def slow_saves(folder):
+    """Variables of a process whose next write of a checkpoint takes as many seconds as `folder`/slow says."""
+    (folder / "site").mkdir()
+    (folder / "site/sitecustomize.py").write_text(SLOW_SAVES)
+    return {"PYTHONPATH": f"{folder / 'site'}:{ROOT}", "SLOW_SAVES": str(folder / "slow")}
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

@@ -19,7 +19,7 @@ import pytest
 from pipeline.data.index import write_index
 from pipeline.data.source import ReadConfig
 from pipeline.drill import last_step, newest_checkpoint
-from tests.conftest import ROOT, data, environment, free_port, start, two_ranks, until
+from tests.conftest import ROOT, data, environment, free_port, slow_saves, start, two_ranks, until
 from tests.integration.test_survival import CONFIG, TINY, WORDS, marked, two
 from tests.pipeline.test_faults import Server
 
@@ -339,25 +339,10 @@ def test_evaluate_ends_whatever_fails(digits, run):
 
 
 # Launchers that lose patience.
-SLOW = """
-import os, time
-real, file = os.fsync, os.environ.get("SLOW_SAVE", "")
-def fsync(handle):
-    if os.path.exists(file):
-        seconds = float(open(file).read())
-        os.remove(file)
-        time.sleep(seconds)
-    return real(handle)
-os.fsync = fsync
-"""
-
-
 @pytest.fixture
 def slow_save(run, tmp_path):
     """A file with the seconds that the next write of a checkpoint takes."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(SLOW)
-    run.environ |= {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "SLOW_SAVE": str(tmp_path / "slow")}
+    run.environ |= slow_saves(tmp_path)
     return tmp_path / "slow"
 
 

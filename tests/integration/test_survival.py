@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.drill import DRILLS
 from pipeline.job import Job
 from pipeline.rehearsal import compare, last_step, newest_checkpoint, read_result
-from tests.conftest import ROOT, data, environment, free_port, start, until
+from tests.conftest import ROOT, data, environment, free_port, slow_saves, start, until
 from tests.pipeline.test_faults import Server
 
 TINY = ["model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64", "schedule.warmup_steps=5"]
@@ -309,11 +309,11 @@ def compilers(job):
 
 @pytest.mark.survival
 def test_a_third_signal_ends_a_run_at_once_and_what_a_launcher_repeats_is_one(digits, tmp_path):
-    chain = Chain(tmp_path, [*WORDS, *data(digits), "run.steps=100000", "run.evaluate_every_steps=1"])
+    environ = {**ONE_THREAD, **slow_saves(tmp_path)}
+    chain = Chain(tmp_path, [*WORDS, *data(digits), "run.steps=100000"], environ)
     job = chain.start()
     until(lambda: last_step(str(chain.run)) > 0)
-    workers = [pid for pid in job.processes() if pid != job.process.pid]
-    job.send(signal.SIGSTOP, workers)  # so that it cannot come to the next step
+    (tmp_path / "slow").write_text("100")  # so that it can't end before
     for _ in range(2):
         for _ in range(3):
             job.send(signal.SIGINT, [job.process.pid])
