@@ -217,7 +217,8 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         reading=lambda: trainer.reading(),
         on_hang=lambda message: run_dir.end("failed", trainer.steps_done, message),
     )  # fmt: skip
-    stop.progress = lambda: watchdog.growth.grew
+    growth = watchdog.growth  # and not the run, which a rollback gives up
+    stop.progress = lambda: growth.grew
     trainer = Trainer(
         settings=config.run,
         engine=engine,
@@ -280,6 +281,7 @@ def roll_back(run: Run, spike: Rollback) -> None:
         run.trainer.saver.store.discard_after(spike.first)
     run.engine.barrier()
     run.trainer.saver.close()
+    run.trainer.watchdog.growth.stop()
     run.engine.release()
 
 

@@ -30,6 +30,7 @@ class Growth:
     def __init__(self, folder: str, looked_for: Callable[[], bool]):
         self.folder, self.looked_for = folder, looked_for
         self.grew = float("-inf")  # when, by the monotonic clock
+        self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
 
     def start(self, interval: float) -> None:
@@ -37,15 +38,20 @@ class Growth:
             self.thread = threading.Thread(target=self._watch, args=(interval,), name="growth", daemon=True)
             self.thread.start()
 
+    def stop(self) -> None:
+        """Ends the thread, and lets go of what is watched: the next run's model needs its memory."""
+        self.stopped.set()
+        self.looked_for = lambda: False
+
     def _watch(self, interval: float) -> None:
         before: dict[str, Any] = {}
-        while True:
+        while not self.stopped.is_set():
             if self.looked_for():
                 found = self._sizes()
                 if found and found != before:
                     self.grew = time.monotonic()
                 before = found
-            time.sleep(interval)
+            self.stopped.wait(interval)
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         sizes = {}

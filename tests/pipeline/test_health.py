@@ -137,7 +137,7 @@ def test_notes_of_steps_that_are_repeated_are_dropped_and_those_of_steps_that_ar
 def test_the_last_message_does_not_call_weights_finite_that_are_not(tmp_path, finite):
     engine = SimpleNamespace(
         ranks=Ranks(0, 1, 0, 1), config=EngineConfig(), reduce_sum=lambda values: values,
-        gather_objects=lambda value: [value], weights_are_finite=lambda: finite,
+        gather_objects=lambda value: [value], weights_are_finite=lambda: finite, loss_scale=lambda: None,
     )  # fmt: skip
     config = HealthConfig(max_nonfinite_steps=0)
     health = Health(config, engine, SpikeDetector.resume(config, None), Lines(str(tmp_path / "health.jsonl")), {})
