@@ -16,8 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.data.index import write_index
-from pipeline.data.source import ReadConfig
 from pipeline.drill import last_step, newest_checkpoint
 from tests.conftest import ROOT, data, environment, free_port, slow_saves, start, two_ranks, until
 from tests.integration.test_survival import CONFIG, TINY, WORDS, marked, two
@@ -194,14 +192,11 @@ def test_a_hangup_that_is_ignored_ends_nothing(digits, run):
 
 
 # What is killed.
-def test_a_killed_rank_takes_its_workers_along_and_the_other_rank_notices(digits, run, tmp_path):
-    """With more keys on the way than a pipe holds, and a command that feeds the data."""
-    urls = [f"pipe:cat {digits}/train-{number:03d}.tar" for number in range(4)]
-    write_index(urls, folder=str(tmp_path / "index"), limits=ReadConfig(allow_pipe=True))
-    words = ["data.workers=3", "data.global_batch_size=1024", "data.read.allow_pipe=true"]
-    words += [f"data.train=[{', '.join(urls)}]", f"data.index={tmp_path / 'index'}", "data.val=null"]
-    ranks = two(None, run.path, *words, environ=run.environ)
-    run.wait_for_step(2, *ranks)
+def test_a_killed_rank_takes_its_workers_along_and_the_other_rank_notices(digits, run):
+    """With more keys waiting than a pipe holds: the ranks compute for longer than their workers read."""
+    words = ["data.global_batch_size=1024", "model.width=192", "model.depth=6", "model.heads=3", "data.workers=2"]
+    ranks = two(digits, run.path, *words, environ=run.environ)
+    run.wait_for_step(3, *ranks)
     ranks[1].kill()
     began = time.monotonic()
     output, _ = ranks[0].communicate(timeout=30)
@@ -297,6 +292,7 @@ def test_the_compilers_of_a_killed_rank_end(digits, run, tmp_path):
 
 def test_a_killed_drill_takes_its_job_along(digits, run, tmp_path):
     command = [sys.executable, "-m", "pipeline.drill", *CONFIG, *TINY, *data(digits), "--dir", str(tmp_path / "drill")]
+    command += ["--steps", "100000"]
     drill = subprocess.Popen(
         command, cwd=ROOT, env=environment(run.environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
