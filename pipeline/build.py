@@ -181,8 +181,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     start_step, state, facts = restore(store, engine, ranks)
     logs = facts.get("logs", {})
     skipped = run_dir.read("skipped.json") or []
-    left_out = {step + 1 for entry in skipped for step in range(entry["first"], entry["last"] + 1)}
-    on_main(engine, lambda: restore_logs(run_dir.path, logs, start_step, left_out))
+    on_main(engine, lambda: restore_logs(run_dir.path, logs, start_step, steps_left_out(skipped)))
     evaluation_due = facts.get("evaluation_due", False)
     writes = ranks.is_main and not is_complete(start_step, total_steps, evaluation_due)
     stream = train_stream(
@@ -310,6 +309,11 @@ def restore(store: checkpoint.Store, engine: Engine, ranks: Ranks) -> tuple[int,
         print(f"resuming from {path}", flush=True)
     facts = checkpoint.load_state(path)
     return facts["step"], checkpoint.load(path), facts
+
+
+def steps_left_out(skipped: list[dict[str, Any]]) -> set[int]:
+    """Those that skipped.json names, counted from 1 as in the logs."""
+    return {step + 1 for entry in skipped for step in range(entry["first"], entry["last"] + 1)}
 
 
 def on_main(engine: Engine, action: Callable[[], Any]) -> Any:

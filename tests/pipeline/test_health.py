@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.build import drop_health_lines
+from pipeline.build import steps_left_out
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import UserError
 from pipeline.health import Health, HealthConfig, SpikeDetector
-from pipeline.monitor.jsonl import Lines
+from pipeline.monitor.jsonl import Lines, restore_logs
 from pipeline.runtime import Ranks
 from tests.conftest import ROOT, SMALL, data, environment, start, train
 from tests.pipeline.test_faults import Server
@@ -129,7 +129,8 @@ def test_a_rollback_under_zero_3_leaves_no_model_behind(digits, tmp_path):
 def test_notes_of_steps_that_are_repeated_are_dropped_and_those_of_steps_that_are_left_out_are_not(tmp_path):
     file = tmp_path / "health.jsonl"
     file.write_text("".join(json.dumps({"step": step, "what": "spike: rollback"}) + "\n" for step in (3, 9, 12, 14)))
-    drop_health_lines(str(file), 8, [{"first": 10, "last": 11}, {"first": 8, "last": 8}])
+    left_out = steps_left_out([{"first": 10, "last": 11}, {"first": 8, "last": 8}])
+    restore_logs(str(tmp_path), {}, 8, left_out)
     assert [entry["step"] for entry in lines(tmp_path, "health.jsonl")] == [3, 9, 12]  # counted from 1
 
 
