@@ -221,9 +221,9 @@ def home_of(url: str, folder: str | None) -> tuple[str, str]:
 
 
 def _merged(home: str, named: Rows, limits: ReadConfig | None, beside: bool) -> Rows:
-    """The rows of `named`, and those that the index of a folder has of other shards that are still there.
+    """The rows of `named`, and those that the index of a folder has of other shards.
 
-    `beside`: the shards lie beside the index.
+    `beside`: the shards lie beside the index, so those that are no longer there are left out.
 
     Raises:
         UserError: rows of other shards can't be read, and so would be lost.
@@ -244,7 +244,7 @@ def _merged(home: str, named: Rows, limits: ReadConfig | None, beside: bool) -> 
     for name, row in table.items():
         if name in named:
             rows[name] = named[name]
-        elif not is_local(f"{home}/{name}") or os.path.exists(f"{home}/{name}"):
+        elif not (beside and is_local(home)) or os.path.exists(f"{home}/{name}"):
             shard = Shard(
                 name, row["nbytes"], row["samples"], row["first_record"], row["labels"], row["bad"], home, row["checks"]
             )

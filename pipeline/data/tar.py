@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 RECORD = np.dtype([("offset", "<u8"), ("nbytes", "<u4"), ("label", "<i4"), ("digest", "<u8")])
+# Size and type of a file or a pax header in ustar's format, without a prefix to its name.
+PLAIN_HEADER = re.compile(rb"(?s).{124}([0-7]{11})[\0 ].{20}([0x]).{100}ustar.{83}\0")
 # Key and suffix in a header's first 100 bytes, cut at the first dot of the file name.
 PLAIN_NAME = re.compile(rb"(?!__)(?=[ -~]{1,100}\0)((?:[^\0]*/)?[^.\0/]+)\.([^/\0]*)\0")
 PAX_TIMES = re.compile(rb"(?:\d+ [amc]time=[\d.]+\n)+")  # a header that changes neither name nor size
@@ -54,31 +56,25 @@ def plain_samples(data: Data) -> list[dict[str, Any]] | None:
     """
     samples: list[dict[str, Any]] = []
     sample: dict[str, Any] = {}
-    begin, view = 0, memoryview(data)
+    last, begin, view = b"", 0, memoryview(data)
     while begin < len(data):
-        header = data[begin : begin + 512]
-        size, kind = header[124:135], header[156:157]
-        if header[257:262] != b"ustar" or header[345:346] != b"\0":  # 345: a prefix to the name
+        header = PLAIN_HEADER.match(data, begin)
+        if header is None:
             return None
-        if not size.isdigit() or header[135:136] not in b"\0 ":
-            return None
-        begin += 512
-        try:
-            end = begin + int(size, 8)
-        except ValueError:  # 8 and 9 are digits, too
-            return None
+        start = begin + 512
+        end = start + int(header[1], 8)
         if end > len(data):
             return None
-        if kind == b"0":
-            found = PLAIN_NAME.match(header)
+        if header[2] == b"0":
+            found = PLAIN_NAME.match(data, begin)
             if found is None:
                 return None
-            key, suffix = found[1].decode(), found[2].decode().lower()
-            if key != sample.get("__key__") or suffix in sample:
-                sample = {"__key__": key}
+            name, suffix = found[1], found[2].decode().lower()
+            if name != last or suffix in sample:
+                last, sample = name, {"__key__": name.decode()}
                 samples.append(sample)
-            sample[suffix] = view[begin:end]
-        elif kind != b"x" or not PAX_TIMES.fullmatch(data, begin, end):
+            sample[suffix] = view[start:end]
+        elif not PAX_TIMES.fullmatch(data, start, end):
             return None
         begin = (end + 511) // 512 * 512
     return samples

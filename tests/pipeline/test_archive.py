@@ -310,6 +310,12 @@ def test_a_damaged_index_does_not_lose_the_shards_that_are_not_named_now(indexed
     assert "or remove it and index all of its shards again" in output
 
 
+def test_an_index_elsewhere_keeps_the_shards_that_are_not_named_now(indexed, command):
+    for name in "ab":
+        assert command("index", indexed / f"{name}.tar", "--to", indexed / "index")[0] == 0
+    assert load_index(f"{indexed}/{{a,b}}.tar", folder=f"{indexed}/index").samples == 5003
+
+
 def test_two_that_write_an_index_at_once_lose_no_rows(indexed, monkeypatch):
     os.remove(indexed / "index.json")
     both = threading.Barrier(2)

@@ -16,18 +16,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
+from pipeline.data.augment import resize
 from pipeline.data.decode import decode
-from pipeline.data.index import load_index, write_index
+from pipeline.data.index import load_index, load_records, write_index
+from pipeline.data.loader import DataConfig, Loader, evaluation_stream
 from pipeline.data.order import Order
 from pipeline.data.reader import OrderedSamples, ResampledSamples
 from pipeline.data.source import Source
 from pipeline.data.tar import MAX_LABEL_BYTES
 from pipeline.data.verify import verify_shard
 from pipeline.errors import UserError
+from pipeline.runtime import Ranks
 
 CLASSES = 1000
 SECONDS = 10  # for all that is done with one mutated shard
@@ -306,15 +310,11 @@ class Fuzz:
         self.store(self.path, self.data)
         write_index([self.path])
         self.shard = load_index(self.path).shard(0)
-        self.records = [slice(int(r["offset"]), int(r["offset"] + r["nbytes"])) for r in self.load()]
+        rows = load_records(self.shard)
+        self.records = [slice(int(row["offset"]), int(row["offset"] + row["nbytes"])) for row in rows]
         check_samples(self.path, trained(load_index(self.path)), self.samples)
         check_samples(self.path, drawn(self.path), self.samples)
         assert not verify_shard(self.shard, None, False).bad
-
-    def load(self):
-        from pipeline.data.index import load_records
-
-        return load_records(self.shard)
 
     def store(self, path, data):
         with open(path, "wb") as file:
@@ -400,6 +400,11 @@ class Fuzz:
                 assert bytes(sample.image) in mutation.data
                 assert bytes(sample.image) == image or mutation.data[place] != self.data[place]
                 bad += not decodable(bytes(sample.image))
+        if self.seen["loaded"] < 20:  # the whole way of a batch, with decoding
+            self.seen["loaded"] += 1
+            keys, named = self.loaded()
+            assert keys == [sample.where for sample in samples]
+            assert len(named) == bad
         self.seen["bad samples"] += bad
         self.seen["whole"] += not bad
         report = verify_shard(self.shard, None, False)
@@ -407,6 +412,15 @@ class Fuzz:
             assert report.bad, "verify finds nothing"
         elif self.harmless(mutation):
             assert not report.bad, report.bad
+
+    def loaded(self):
+        """One evaluation by the loader: the keys of its rows, and the bad ones."""
+        config = DataConfig(val=(self.path,), workers=0)
+        stream = evaluation_stream(config, load_index(self.path), (resize.Config(),), 6, CLASSES, Ranks(0, 1, 0, 1))
+        batches = list(Loader(stream, 0, torch.device("cpu")))
+        keys = [key for batch in batches for key in batch.keys if key]
+        assert sum(batch.valid_rows for batch in batches) == len(keys) - sum(len(batch.bad) for batch in batches)
+        return keys, [entry for batch in batches for entry in batch.bad]
 
     def differs(self, found):
         """Whether more than the contents of members has changed."""
