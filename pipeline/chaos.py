@@ -206,7 +206,8 @@ class Place:
         ended = read_json(str(self.run / "exit.json")) if self.run.exists() else None
         if (ended or {}).get("status") in ("finished", "saved: start me again"):
             return False
-        if "Traceback" in said or "error: " not in said:
+        crashes = said.count("Traceback (most recent call last)") - said.count("ChildFailedError: ")  # torchrun's own
+        if crashes > 0 or "error: " not in said:
             raise Lost(f"it ended neither well nor with a clear refusal: {ended}; see {job.output}")
         return True
 
