@@ -142,6 +142,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: out of memory; start again with fewer --processes", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         how = ": finished shards are kept; start the same command again to go on" if parsed.command is write else ""
         print(f"interrupted{how}", file=sys.stderr)

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -159,6 +160,8 @@ def write_index(
             scanned.append(shard)
             if progress is not None:
                 progress.update()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?); start again with fewer --processes") from None
     finally:
         if workers:
             workers.shutdown(cancel_futures=True)
