@@ -177,7 +177,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     lease_path = engine.gather_objects(None if run_dir.lease is None else run_dir.lease.path)[0]
     run_dir.join(lease_path)
     assert run_dir.lease is not None
-    store = checkpoint.Store(run_dir.checkpoints)
+    store = checkpoint.Store(run_dir.checkpoints, run_dir.lease.check)
     start_step, state, facts = restore(store, engine, ranks)
     logs = facts.get("logs", {})
     skipped = run_dir.read("skipped.json") or []
@@ -192,6 +192,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
     val, val_samples = unless_stopped(engine, lambda: build_evaluation(config, engine, ranks, news))
     devices = engine.device_names()
     if writes:
+        run_dir.lease.check()
         run_dir.start(to_yaml(config), classes, devices, settings)
     compile_model(model, config.engine.compile)
     optimizer = build_optimizer(model, config.optimizer, config.schedule.peak_lr)
@@ -232,6 +233,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         vote=Vote(stop, ranks, saver.wanted, saver.needs_all_ranks, config.engine.timeout_seconds),
         health=health,
         watchdog=watchdog,
+        news=news,
         ledger=Ledger(
             engine,
             run_dir.path,
@@ -273,6 +275,7 @@ def roll_back(run: Run, spike: Rollback) -> None:
     run.trainer.vote.drain()
     run.trainer.close()
     if run.ranks.is_main:
+        run.trainer.lease.check()
         known = run.run_dir.read("skipped.json") or []
         spikes = run.trainer.health.counts["spikes"]  # so far: the checkpoint that is gone back to knows of fewer
         entry = {"first": spike.first, "last": spike.last, "reason": spike.reason, "spikes": spikes}

@@ -273,10 +273,13 @@ class Saver:
 
 
 class Store:
-    """A run's folder of checkpoints, and which of them are intact. Only rank 0 changes anything there."""
+    """A run's folder of checkpoints, and which of them are intact. Only rank 0 changes anything there.
 
-    def __init__(self, folder: str):
-        self.folder = folder
+    `guard` is called before it does, and raises where another start has taken over the run.
+    """
+
+    def __init__(self, folder: str, guard: Callable[[], None] = lambda: None):
+        self.folder, self.guard = folder, guard
         self.intact: dict[str, dict[str, int]] = {}  # those this process has written or verified: their files' sizes
         self.scores: dict[tuple[str, str], float] = {}
         self.unreadable: set[str] = set()  # that were told
@@ -288,6 +291,7 @@ class Store:
         Raises:
             UserError: there are checkpoints, but none is intact.
         """
+        self.guard()
         patiently(lambda: clean_up(self.folder))
         names = patiently(lambda: _names(self.folder))
         earlier = [os.path.join(self.folder, name) for name in sorted(names) if SET_ASIDE.fullmatch(name)]
@@ -394,6 +398,7 @@ class Store:
 
     def _set_aside(self, path: str, how: str, reason: str) -> str:
         """Renames a checkpoint, so that nobody counts it, and says so. Returns its new path; the old one on failure."""
+        self.guard()
         self.intact.pop(path, None)
         target = wanted = os.path.join(self.folder, f"{how}-{os.path.basename(path)}")
         number = 0

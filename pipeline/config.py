@@ -3,9 +3,11 @@
 Everything wrong is refused with the file, the key, what was found and what is expected.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import math
 import os
 import pkgutil
 import types
@@ -200,10 +202,11 @@ class _Parser:
             items = given if isinstance(given, list) else [given]
             return tuple(self.value(arguments[0], item, key) for item in items if item is not None)
         if hint is float and isinstance(given, (int, float, str)) and not isinstance(given, bool):
-            try:
-                return float(given)  # PyYAML reads 1e-3 as a string
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError):
+                number = float(given)  # PyYAML reads 1e-3 as a string
+                if math.isfinite(number):
+                    return number
+            given = str(given)
         if hint is int and isinstance(given, (float, str)) and not isinstance(given, bool):
             try:
                 if float(given) == int(float(given)):
@@ -212,7 +215,7 @@ class _Parser:
                 pass
         if type(given) is hint:
             return given
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
         self.fail(key, f"expected {names.get(hint, hint)}, found {given!r}")
 
 

@@ -108,7 +108,8 @@ def acquire(
         OSError: the folder can't be written to.
     """
     began = time.monotonic()
-    seen: tuple[str, float] | None = None  # a file, and its modification time when first seen
+    seen: tuple[str, float] | None = None  # a file, and its modification time when last looked at
+    unchanged_since = began
     told = False
     while True:
         generation, path = _newest(folder, name)
@@ -121,17 +122,21 @@ def acquire(
                 age = _server_time(folder, name) - changed
             except FileNotFoundError:
                 continue  # it has just been taken over
-            if seen is None or seen[0] != path:
-                seen = path, changed
-            state = "alive" if changed != seen[1] else "dead" if age > EXPIRES_SECONDS else "unknown"
-            seen = path, changed
+            if seen != (path, changed):
+                state = "alive" if seen is not None and seen[0] == path else "unknown"
+                seen, unchanged_since = (path, changed), time.monotonic()
+            # The second condition is for a time that lies in the future: a server's clock may have been set back.
+            if state == "unknown" and max(age, time.monotonic() - unchanged_since) > EXPIRES_SECONDS:
+                state = "dead"
         if state in ("free", "dead", "released"):
             mine = os.path.join(folder, f".{name}.lease-{generation + 1:08d}")
             if _create(mine):
-                if path is not None:
-                    with contextlib.suppress(OSError):
-                        os.remove(path)
-                return Lease(mine, what, renews=True).start()
+                if _newest(folder, name)[1] == mine:
+                    if path is not None:
+                        with contextlib.suppress(OSError):
+                            os.remove(path)
+                    return Lease(mine, what, renews=True).start()
+                os.remove(mine)  # others have come, and one may have gone, since this one looked
             continue
         assert holder is not None
         if state == "alive" and time.monotonic() - began >= wait_seconds:

@@ -101,8 +101,16 @@ class StopNews:
     def __init__(self, stop: StopSignal, ranks: Ranks, place: Rendezvous):
         self.stop, self.ranks, self.place = stop, ranks, place
         self.asked = float("-inf")
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._carry, name="stop-news", daemon=True)
         if ranks.world_size > 1:
-            threading.Thread(target=self._carry, name="stop-news", daemon=True).start()
+            self.thread.start()
+
+    def close(self) -> None:
+        """Before the process ends: Python aborts when a thread is inside the store at that moment."""
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=2.0)
 
     def wanted(self) -> bool:
         """Whether this rank or another one wants to stop. To be asked again and again during a wait."""
@@ -112,7 +120,7 @@ class StopNews:
     def _carry(self) -> None:
         meeting = None
         with contextlib.suppress(UserError, PeerLost):  # without a store a rank is asked at its next vote
-            while True:
+            while not self.ended.wait(NEWS_SECONDS):
                 waits = time.monotonic() - self.asked < 2 * NEWS_SECONDS
                 if meeting is None and (waits or self.stop.wanted()):
                     meeting = Meeting(self.ranks.rank, self.ranks.world_size, self.place, MEETING_SECONDS, hosts=False)
@@ -120,4 +128,3 @@ class StopNews:
                     return meeting.announce("stop")
                 if meeting is not None and waits and meeting.announced("stop"):
                     return self.stop.request("a stop on another rank")
-                time.sleep(NEWS_SECONDS)

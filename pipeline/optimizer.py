@@ -36,6 +36,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}: must lie in [0, 1), found {value}")
+        if self.eps < torch.finfo(torch.float32).tiny:  # a gradient that is always 0 would be divided by 0
+            raise ValueError(f"eps: must be a positive number of single precision, found {self.eps}")
         if not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"layer_decay: must lie in (0, 1], found {self.layer_decay}")
         if self.name == "sgd" and not self.decay_times_lr:

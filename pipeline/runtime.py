@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import UserError
 
@@ -315,7 +315,7 @@ def tell(text: str, every_rank: bool = False) -> None:
             print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def end_hard(code: int, last_words: Callable[[], None] = lambda: None) -> None:
+def end_hard(code: int, last_words: Callable[[], None] = lambda: None) -> NoReturn:
     """Ends this process and its data workers, whatever its other threads do. `last_words` have a second."""
     words = threading.Thread(target=last_words, daemon=True)  # the file system may hang
     words.start()

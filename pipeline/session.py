@@ -13,6 +13,7 @@ from pipeline.errors import Interrupted, PeerLost, UserError
 from pipeline.runtime import (
     LAUNCHER_SECONDS,
     StopSignal,
+    end_hard,
     end_within,
     export_ranks,
     launcher_patience,
@@ -143,8 +144,8 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
     except Interrupted:  # on all ranks, before the first step of this start
         if ranks.is_main:
             leave_word(run_dir, stop.name or "a stop on another rank")
-        ending.callback(end_within(END_SECONDS, 0).cancel)
-        return 0
+        run_dir.close()
+        end_hard(0)  # threads may be inside of the store, and nothing is left to do
     except BaseException as error:
         shown = explain(error, config, ranks)
         ending.callback(end_within(END_SECONDS, EXIT_USER_ERROR if isinstance(shown, UserError) else EXIT_CRASH).cancel)

@@ -1,5 +1,6 @@
 """The training loop: `fit` over injected parts, and one optimizer `step`."""
 
+import contextlib
 import os
 import sys
 from collections import ChainMap
@@ -17,8 +18,9 @@ from pipeline.data.order import DROPOUT
 from pipeline.engine import Engine
 from pipeline.errors import Interrupted, UserError, WorkerDied
 from pipeline.health import Health
-from pipeline.lease import Lease
+from pipeline.lease import Lease, LeaseLost
 from pipeline.ledger import Ledger
+from pipeline.meeting import StopNews
 from pipeline.metrics import Sums
 from pipeline.monitor.meter import Meter
 from pipeline.monitor.sink import Sinks
@@ -99,6 +101,7 @@ class Trainer:
     vote: Vote
     health: Health
     watchdog: Watchdog
+    news: StopNews
     ledger: Ledger
     saver: Saver
     lease: Lease  # on the run directory: checked before anything is written there
@@ -135,7 +138,8 @@ class Trainer:
         batch = None
         for loader in self._loaders():  # before threads save, watch and tell
             loader.start()
-        self.watchdog.growth.start(self.watchdog.interval)
+        self.watchdog.beat("data", step)
+        self.watchdog.start()
         if self.evaluation_due and self.evaluate(step):
             saved = -1  # the checkpoint lacks it
             if self.problem is not None or self.saver.is_best(self.last_evaluation):
@@ -228,7 +232,7 @@ class Trainer:
         self.watchdog.beat("update", step)
         grad_norm = engine.step(self.schedule(step))
         self.health.add(step, total, count, grad_norm, batch.keys)
-        self.watchdog.start()
+        self.watchdog.arm()
         return StepResult(grad_norm, [finite_only(values) for values in metrics])
 
     @torch.no_grad()
@@ -428,10 +432,12 @@ class Trainer:
         self.watchdog.beat("save", self.steps_done)
         self.saver.wait(CLOSE_SECONDS if failed else None)
         self.watchdog.stop()
-        if not self.lease.lost:
+        with contextlib.suppress(LeaseLost, OSError):  # what another start has taken over is left alone
+            self.lease.check()
             self.ledger.flush()
             self.health.notes.flush()
             self.sinks.close()
+        self.news.close()
         for loader in self._loaders():
             loader.close()
 

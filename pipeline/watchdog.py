@@ -17,6 +17,7 @@ from pipeline.runtime import SHOW_STACKS, Ranks, Rendezvous
 
 EXIT_HANG = 3
 STACKS_SECONDS = 0.2  # for a worker to write where it is
+ALONE_SECONDS = 30.0  # for a rank to end by itself when rank 0 is gone; longer while a checkpoint grows
 NAMED_RANKS = 8  # that a message names
 PHASES = ("vote", "data", "forward", "backward", "update", "log", "evaluate", "save")  # of a step, in order
 
@@ -63,7 +64,10 @@ class Growth:
 
 
 class Watchdog:
-    """Armed by `start`, after the first step. The training loop says where it is by `beat`, which costs nothing.
+    """The training loop says where it is by `beat`, which costs nothing.
+
+    From `start` on it watches what waits for data; from `arm` on, after the first step, everything: until then the
+    model may be compiled for as long as it takes.
 
     Ranks tell each other where they are over the store in which they met: what a hang's message says of the others.
     A checkpoint in `folder`/checkpoints that grows is no hang, wherever the ranks wait for it.
@@ -81,8 +85,10 @@ class Watchdog:
         self.hang_seconds, self.ranks, self.place, self.folder = hang_seconds, ranks, place, folder
         self.reading, self.on_hang = reading, on_hang
         self.now: tuple[int, str, float] = (0, "data", time.monotonic())  # step, phase, since when
+        self.armed = False
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
+        self.teller: threading.Thread | None = None
         self.growth = Growth(os.path.join(folder, "checkpoints"), self._idle)
 
     def beat(self, phase: str, step: int) -> None:
@@ -102,29 +108,51 @@ class Watchdog:
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.thread.start()
 
+    def arm(self) -> None:
+        """After the first step."""
+        self.armed = True
+
     def stop(self) -> None:
         self.stopped.set()
-        if self.thread is not None and self.thread is not threading.current_thread():
-            self.thread.join(timeout=5.0)
+        for thread in (self.thread, self.teller):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(timeout=5.0)
 
     def _watch(self) -> None:
         assert self.hang_seconds is not None
         interval = self.interval
         if self.ranks.world_size > 1:  # apart from this thread: a store that hangs must not keep it
-            threading.Thread(target=self._tell, args=(interval,), name="watchdog-tell", daemon=True).start()
+            self.teller = threading.Thread(target=self._tell, args=(interval,), name="watchdog-tell", daemon=True)
+            self.teller.start()
         while not self.stopped.wait(interval):
             step, phase, since = self.now
+            if not self.armed and phase not in ("data", "evaluate"):
+                continue
             if time.monotonic() - max(since, self.growth.grew) > self.hang_seconds and self.now[2] == since:
                 self._end(self._explain(step, phase, interval))
 
     def _tell(self, interval: float) -> None:
-        with contextlib.suppress(UserError, PeerLost):  # without a store a hang is explained without the others
+        try:
             meeting = self._meet()
+        except (UserError, PeerLost):  # without a store a hang is explained without the others
+            return
+        try:
             while True:
                 step, phase, _ = self.now
                 meeting.tell("beat", {"step": step, "phase": phase, "reading": self.reading(), "at": time.time()})
                 if self.stopped.wait(interval):
                     return
+        except PeerLost:
+            if not self.place.hosted:
+                self._end_without_main()
+
+    def _end_without_main(self) -> None:
+        """The store was in rank 0's process. Collective calls end then, too, but gloo has been seen to wait on."""
+        lost = time.monotonic()
+        while time.monotonic() - max(lost, self.growth.grew) < ALONE_SECONDS:
+            if self.stopped.wait(0.5):
+                return
+        self._end(f"rank 0 has been gone for {ALONE_SECONDS:g} s")
 
     def _meet(self) -> Meeting:
         return Meeting(self.ranks.rank, self.ranks.world_size, self.place, MEETING_SECONDS, hosts=False)

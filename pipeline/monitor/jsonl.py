@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from pipeline.monitor.sink import Sink
 
 HEALTH = "health.jsonl"
 PATTERNS = ("metrics.jsonl", HEALTH, "quarantine.jsonl", "samples-rank*.jsonl")
+RESTARTED = "restarted-logs.json"
 CHUNK = 1 << 22
+BEGINNING = {"nbytes": 0, "blake2b": hashlib.blake2b(digest_size=16).hexdigest(), "pending": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +108,40 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
                     yield entry
 
 
-def restore_logs(folder: str, known: Mapping[str, dict[str, Any]], step: int, left_out: Container[int] = ()) -> None:
+def restore_logs(
+    folder: str,
+    known: Mapping[str, dict[str, Any]],
+    step: int,
+    left_out: Container[int] = (),
+    guard: Callable[[], None] = lambda: None,
+) -> None:
     """Brings the logs of a run back to what they were at its checkpoint of `step`, which holds their states `known`.
 
     A log that the checkpoint does not know keeps its lines up to `step`. health.jsonl also keeps those of the steps
-    that are `left_out`: they are not repeated.
+    that are `left_out`: they are not repeated. `guard` is called before each file is written.
+
+    A log that was moved away begins anew. `restarted-logs.json` remembers the step of the checkpoint whose state no
+    longer holds for it.
 
     Raises:
         UserError: a log is damaged; then nothing has been changed.
     """
     paths = {path for pattern in PATTERNS for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
     names = sorted({os.path.basename(path) for path in paths} | set(known))
+    record = os.path.join(folder, RESTARTED)
+    restarted = _read_restarted(record)
+    gone = {name: step for name in known if known[name]["nbytes"] and name not in map(os.path.basename, paths)}
+    known = {name: state if {**restarted, **gone}.get(name) != step else BEGINNING for name, state in known.items()}
+    for name, expected in known.items():
+        _check(os.path.join(folder, name), expected, step)
+    if gone:
+        guard()
+        write_durably(record, json.dumps({**restarted, **gone}))
+    for name in gone:
+        path = os.path.join(folder, name)
+        print(f"\nwarning: {path}: is gone; a new one begins after step {step}", file=sys.stderr, flush=True)
     for name in names:
-        if name in known:
-            _check(os.path.join(folder, name), known[name], step)
-    for name in names:
+        guard()
         path, state = os.path.join(folder, name), known.get(name)
         if os.path.exists(path) or (state and state["pending"]):
             write_durably(path, _kept(path, state, step, left_out if name == HEALTH else ()))
@@ -143,8 +164,6 @@ def _kept(path: str, state: dict[str, Any] | None, step: int, left_out: Containe
 
 def _check(path: str, state: dict[str, Any], step: int) -> None:
     if not os.path.exists(path):
-        if state["nbytes"]:
-            print(f"\nwarning: {path}: is gone; a new one begins after step {step}", file=sys.stderr, flush=True)
         return
     digest, left = hashlib.blake2b(digest_size=16), state["nbytes"]
     with open(path, "rb") as file:
@@ -158,6 +177,19 @@ def _check(path: str, state: dict[str, Any], step: int) -> None:
             f"{path}: damaged: {what} since the checkpoint of step {step}; restore it, or move it away to go on"
             " without these lines"
         )
+
+
+def _read_restarted(path: str) -> dict[str, int]:
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: expected a JSON object with steps; remove it if no log was moved away")
+    return found
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -105,3 +105,16 @@ def test_no_module_hides_one_of_the_standard_library():
 
     names = {path.stem for path in (ROOT / "pipeline").iterdir()}
     assert not names & set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan"])
+@pytest.mark.parametrize("key", ["schedule.peak_lr", "engine.grad_clip", "health.hang_seconds", "run.epochs"])
+def test_numbers_that_are_not_finite_are_refused(key, value):
+    with pytest.raises(UserError, match=rf"{key}: expected a finite number, found"):
+        load_config("configs/digits.yaml", [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("eps", ["0", "-1e-8", "1e-60"])
+def test_an_epsilon_that_divides_by_zero_is_refused(eps):
+    with pytest.raises(UserError, match="eps: must be a positive number of single precision"):
+        load_config("configs/digits.yaml", [f"optimizer.eps={eps}"])

@@ -189,6 +189,21 @@ def test_a_hang_is_explained_with_phase_and_stacks_and_ends_the_process(digits, 
     assert "got nowhere" in ended["reason"]
 
 
+def test_a_hang_before_the_first_step_is_explained_too(digits, tmp_path):
+    """Its data workers stand still from the moment they start."""
+    process = start(*SMALL, *data(digits), f"run.dir={tmp_path / 'run'}", "run.steps=100", "health.hang_seconds=4")
+    children: list[str] = []
+    while not children:
+        assert process.poll() is None
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        children = [pid for pid in found if len(found) >= 2]
+    for child in children:
+        subprocess.run(["kill", "-STOP", child], check=False)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 3, output
+    assert re.search(r"error: rank 0: got nowhere for 4 s in phase '(data|evaluate)' of step 1,", output), output
+
+
 def test_a_hang_in_evaluation_names_the_shard_and_shows_where_the_worker_is(digits, tmp_path):
     server = Server(digits)
     server.faults = {f"val-00{number}.tar": ["always", "hang"] for number in range(2)}

@@ -190,3 +190,31 @@ def test_waiting_for_a_lease_to_expire_can_be_stopped(tmp_path, elsewhere):
     with pytest.raises(Interrupted):
         lease.acquire(str(tmp_path), "run", "x", stopped=lambda: time.monotonic() > began + 0.5)
     assert time.monotonic() - began < 3.0
+
+
+def test_a_lease_from_the_future_expires_as_well(tmp_path, quick, elsewhere):
+    """A server's clock was set back, or the folder was copied."""
+    lease.acquire(str(tmp_path), "run", "x").ended.set()
+    os.utime(tmp_path / ".run.lease-00000001", (time.time() + 7200,) * 2)
+    began = time.monotonic()
+    lease.acquire(str(tmp_path), "run", "x", stopped=lambda: time.monotonic() > began + 10.0).release()
+    assert 0.5 < time.monotonic() - began < 5.0
+
+
+def test_a_contender_that_comes_late_gets_no_lease_below_the_live_one(tmp_path, monkeypatch):
+    """Between its look and its attempt, one start came and went and another one took over."""
+    lease.acquire(str(tmp_path), "run", "x").release()
+    create, held = lease._create, []
+
+    def delayed(path):
+        if not held:
+            held.append(None)
+            lease.acquire(str(tmp_path), "run", "x").release()
+            held[0] = lease.acquire(str(tmp_path), "run", "x")
+        return create(path)
+
+    monkeypatch.setattr(lease, "_create", delayed)
+    with pytest.raises(UserError, match="is writing there already"):
+        lease.acquire(str(tmp_path), "run", "x")
+    held[0].check()
+    assert os.listdir(tmp_path) == [".run.lease-00000003"]

@@ -139,3 +139,41 @@ def test_a_spike_that_was_rolled_back_stays_in_the_log(tmp_path):
     log.flush()
     restore_logs(str(tmp_path), saved, 6, left_out={9})
     assert [entry["step"] for entry in read_lines(log.path)] == [3, 9]
+
+
+def test_a_log_that_was_moved_away_may_begin_anew_more_than_once(tmp_path, capfd):
+    """A crash before the next checkpoint leaves a short new log, which must not be held against the old one."""
+    path = tmp_path / "metrics.jsonl"
+    log = Lines(str(path))
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    log.flush()
+    known = {"metrics.jsonl": log.state()}
+    path.unlink()
+    restore_logs(str(tmp_path), known, 3)
+    assert f"{path}: is gone; a new one begins after step 3" in capfd.readouterr().err
+    for _ in range(2):
+        log = Lines(str(path))
+        log.write({"step": 4})
+        log.flush()  # killed
+        restore_logs(str(tmp_path), known, 3)
+        assert path.read_text() == ""
+    log = Lines(str(path))
+    log.write({"step": 4})
+    log.flush()
+    known = {"metrics.jsonl": log.state()}
+    path.write_text(path.read_text().replace("4", "5"))
+    with pytest.raises(UserError, match="have changed since the checkpoint of step 4"):
+        restore_logs(str(tmp_path), known, 4)
+
+
+def test_a_start_that_was_replaced_touches_no_log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def replaced():
+        raise UserError("another process has taken over")
+
+    with pytest.raises(UserError, match="taken over"):
+        restore_logs(str(tmp_path), {}, 1, guard=replaced)
+    assert path.read_text().count("step") == 2

@@ -115,6 +115,7 @@ def test_a_slow_checkpoint_that_grows_is_no_hang(watched, phase):
     part.mkdir()
     dog.beat(phase, 9)
     dog.start()
+    dog.arm()
     for _ in range(15):
         with open(part / "model-00002-of-00002.safetensors", "ab") as file:
             file.write(b"x" * 5000)
@@ -134,6 +135,7 @@ def test_a_checkpoint_that_does_not_grow_is_a_hang(watched, what):
     began = time.monotonic()
     dog.beat("save", 9)
     dog.start()
+    dog.arm()
     until(lambda: ended, 5)
     assert time.monotonic() - began < 2.0
 
@@ -143,4 +145,17 @@ def test_a_file_system_that_hangs_hides_no_hang(watched, monkeypatch):
     monkeypatch.setattr(watchdog.Growth, "_sizes", lambda self: threading.Event().wait())
     dog.beat("save", 9)
     dog.start()
+    dog.arm()
     until(lambda: ended, 5)
+
+
+def test_before_the_first_step_only_waits_for_data_are_watched(watched):
+    """The first forward pass may compile for as long as it takes."""
+    dog, _, ended = watched
+    dog.beat("forward", 0)
+    dog.start()
+    time.sleep(1.2)
+    assert not ended
+    dog.beat("data", 0)
+    until(lambda: ended, 5)
+    assert "got nowhere for 0.5 s in phase 'data' of step 1" in ended[0]
