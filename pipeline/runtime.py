@@ -238,6 +238,7 @@ class StopSignal:
         self.began, self.came = process_began(), float("-inf")
         self.signals = stop_signals()
         self.parent = os.getppid() if has_launcher(os.environ) else None
+        self.training = False  # until then there is nothing to save
         self.on_end: Callable[[str], None] = lambda reason: None  # before the process is ended hard
         self.progress: Callable[[], float] = lambda: float("-inf")  # when a checkpoint grew last
 
@@ -291,6 +292,8 @@ class StopSignal:
     def _watch_launcher(self, parent: int) -> None:
         while os.getppid() == parent:
             time.sleep(LOOK_SECONDS)
+        if not self.training:
+            self._end(1, "the launcher has died while the run was starting")
         self.request("the launcher has died")
         tell("the launcher has died: saves and ends", every_rank=True)
         orphaned = time.monotonic()

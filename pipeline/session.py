@@ -106,6 +106,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
         ended = None
         while ended is None:
             run = build(config, ranks, stop, run_dir)
+            stop.training = True
             try:
                 complete = run.trainer.complete
                 ended = ("finished", run.trainer.start_step) if complete else run.trainer.fit()

@@ -15,6 +15,7 @@ import torch
 
 # A shell's background jobs ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["run.epochs=null", "data.workers=1", "run.log_every_steps=1"]

@@ -41,7 +41,7 @@ class Run:
     def wait_for_step(self, step, *processes):
         until(
             lambda: last_step(str(self.path)) >= step or any(process.poll() is not None for process in processes),
-            100,
+            300,
             0.05,
         )
         assert last_step(str(self.path)) >= step, [process.communicate()[0] for process in processes]
@@ -283,9 +283,10 @@ def test_the_compilers_of_a_killed_rank_end(digits, run, tmp_path):
     for step in (0, 1):
         process = run.start(*data(digits), LONG, "engine.compile=block")
         if step:
-            run.wait_for_step(step, process)
+            until(lambda: last_step(str(run.path)) >= step or process.poll() is not None, 500, 0.05)
         else:
-            until(lambda: any("cc1plus" in words_of(pid)[0] for pid in marked(run.mark) if words_of(pid)), 100, 0.02)
+            until(lambda: any("cc1plus" in words_of(pid)[0] for pid in marked(run.mark) if words_of(pid)), 500, 0.02)
+        assert process.poll() is None
         process.kill()
         run.all_gone()
 

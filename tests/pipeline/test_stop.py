@@ -34,6 +34,7 @@ def orphan(text, environ):
 HANGS = """
     runtime.ORPHAN_SECONDS = 2.0
     stop = runtime.StopSignal().install()
+    stop.training = {training}
     stop.progress = lambda: time.monotonic() if {grows} else float("-inf")
     stop.on_end = lambda reason: open({file!r}, "w").write(reason)
     print(flush=True)
@@ -42,20 +43,26 @@ HANGS = """
 
 
 def test_a_rank_that_hangs_when_its_launcher_dies_is_ended_hard(tmp_path):
-    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=False), {"TORCHELASTIC_RUN_ID": "x"})
+    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=False, training=True), {"TORCHELASTIC_RUN_ID": "x"})
     until(lambda: not alive(pid), 10, 0.05)
     assert "the launcher has died, and nothing was saved for 2 s" in (tmp_path / "end").read_text()
 
 
+def test_a_rank_that_is_still_starting_ends_with_its_launcher_at_once(tmp_path):
+    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=True, training=False), {"TORCHELASTIC_RUN_ID": "x"})
+    until(lambda: not alive(pid), 5, 0.05)
+    assert "while the run was starting" in (tmp_path / "end").read_text()
+
+
 def test_a_rank_whose_checkpoint_still_grows_outlives_its_launcher(tmp_path):
-    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=True), {"TORCHELASTIC_RUN_ID": "x"})
+    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=True, training=True), {"TORCHELASTIC_RUN_ID": "x"})
     time.sleep(4)
     assert alive(pid)
     os.kill(pid, 9)
 
 
 def test_a_shell_that_is_gone_stops_nothing(tmp_path):
-    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=False), {})
+    pid = orphan(HANGS.format(file=str(tmp_path / "end"), grows=False, training=True), {})
     time.sleep(4)
     assert alive(pid)
     os.kill(pid, 9)
