@@ -37,7 +37,7 @@ from pipeline.optimizer import EMA
 from pipeline.options import option
 
 NAME = re.compile(r"step-(\d{8,})")
-SET_ASIDE = re.compile(r"(damaged|unreadable)-step-\d{8,}(-\d+)?")
+SET_ASIDE = re.compile(r"(damaged|unreadable)-step-(\d{8,})(-\d+)?")
 PART = re.compile(r"(model|optimizer|ema)-\d{5}-of-\d{5}\.safetensors")
 LEFTOVERS = (".part-", ".removed-")  # of a save or a removal that was killed
 EARLIER = ".earlier-"  # a checkpoint while a second save of its step takes its place
@@ -292,7 +292,7 @@ class Store:
             UserError: there are checkpoints, but none is intact.
         """
         self.guard()
-        patiently(lambda: clean_up(self.folder))
+        patiently(self.clean_up)
         names = patiently(lambda: _names(self.folder))
         earlier = [os.path.join(self.folder, name) for name in sorted(names) if SET_ASIDE.fullmatch(name)]
         damaged, unreadable = [], []
@@ -317,8 +317,39 @@ class Store:
             f"{self.folder}: no checkpoint is intact, and the run would start at step 0:"
             + "".join(f"\n  {line}" for line in lines)
             + "\nIf the storage failed, repair it and start again. If you have a copy of a checkpoint, put it there as"
-            " step-<number>. To start at step 0, move this folder away, or choose another run.dir."
+            " step-<its step in 8 digits>, such as step-00001200."
+            " To start at step 0, move this folder away, or choose another run.dir."
         )
+
+    def clean_up(self) -> None:
+        """Finishes or removes what killed processes have left behind. No save is under way."""
+        for name in _names(self.folder):
+            path = os.path.join(self.folder, name)
+            if name.startswith(EARLIER):
+                self._settle(path, os.path.join(self.folder, name.removeprefix(EARLIER)))
+            elif name.startswith(LEFTOVERS):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _settle(self, earlier: str, final: str) -> None:
+        """Keeps one of two checkpoints of the same step: the second, `final`, if it is intact."""
+        if os.path.exists(final):  # it is missing after a kill between the two renames in `complete`
+            try:
+                patiently(functools.partial(self._verify, final))
+            except Damaged as error:
+                how, reason = "damaged", str(error)
+            except UserError:  # of another version of the format: `find_newest` refuses it
+                return
+            except OSError as error:
+                if verify(earlier, _step(final)) is not None:
+                    return
+                how, reason = "unreadable", str(error)
+            else:
+                shutil.rmtree(earlier, ignore_errors=True)
+                return
+            if self._set_aside(final, how, reason) == final:
+                return
+        os.rename(earlier, final)
+        sync(self.folder)
 
     def add(self, path: str) -> None:
         """Takes down a checkpoint that this process has just completed."""
@@ -414,21 +445,6 @@ class Store:
         return target
 
 
-def clean_up(folder: str) -> None:
-    """Finishes or removes what killed processes have left behind. No save is under way."""
-    for name in _names(folder):
-        path = os.path.join(folder, name)
-        if name.startswith(EARLIER):
-            final = os.path.join(folder, name.removeprefix(EARLIER))
-            if os.path.exists(final):
-                shutil.rmtree(path, ignore_errors=True)
-            else:  # killed between the two renames in `complete`
-                os.rename(path, final)
-                sync(folder)
-        elif name.startswith(LEFTOVERS):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def find_not_finite(state: TrainingState) -> str | None:
     """The first tensor with a value that is not finite."""
     for kind, tensors in (("weight", state.weights), *state.moments.items()):
@@ -472,6 +488,7 @@ def complete(partial: str, final: str, files: dict[str, Any], facts: dict[str, A
     state = os.path.join(partial, "state.json")
     write_durably(state, json.dumps(facts, indent=1))
     manifest = {"format": FORMAT, "files": {**files, "state.json": _facts(state)}}
+    manifest["blake2b"] = _checksum(manifest)
     write_durably(os.path.join(partial, "manifest.json"), json.dumps(manifest, indent=1))
     folder, name = os.path.split(final)
     earlier = os.path.join(folder, EARLIER + name)
@@ -505,34 +522,66 @@ def has_any(folder: str) -> bool:
     return any(NAME.fullmatch(name) or SET_ASIDE.fullmatch(name) or name.startswith(EARLIER) for name in _names(folder))
 
 
-def check(path: str) -> dict[str, int]:
-    """Reads all of a checkpoint. Returns the sizes of its files.
+def check(path: str, step: int | None = None) -> dict[str, int]:
+    """Reads all of a checkpoint. Returns the sizes of its files. `step` is what it must be of, by default as its name.
 
     Raises:
-        Damaged: the content is not what was written.
+        Damaged: the content is not what was written, or the name is of another step.
         OSError: it can't be read.
         UserError: it is of another version of the format.
     """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise Damaged("it is a file, not a folder")
+    files = _read_manifest(path)
+    for name, facts in files.items():
+        with _missing_means_damaged(name):
+            found = _facts(os.path.join(path, name))
+        if found != facts:
+            raise Damaged(f"{name} does not fit the manifest's size and checksum")
+    _check_step(path, _named_step(path) if step is None else step)
+    return {name: os.path.getsize(os.path.join(path, name)) for name in (*files, "manifest.json")}
+
+
+def _read_manifest(path: str) -> dict[str, Any]:
+    """The facts of each file. Raises what `check` does."""
     try:
         with _missing_means_damaged("manifest.json"), open(os.path.join(path, "manifest.json")) as file:
             manifest = json.load(file)
         found_format, files = manifest["format"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"manifest.json: {type(error).__name__}: {error}") from None
+    checksum = manifest.pop("blake2b", None)
+    # Older versions wrote formats 1 and 2 without a checksum of the manifest.
+    if checksum != _checksum(manifest) and (checksum is not None or found_format not in (1, 2)):
+        raise Damaged("manifest.json does not fit its own checksum")
     if found_format != FORMAT:
-        raise UserError(f"{path}: format {found_format}, this version reads {FORMAT}")
-    for name, facts in files.items():
-        with _missing_means_damaged(name):
-            found = _facts(os.path.join(path, name))
-        if found != facts:
-            raise Damaged(f"{name} does not fit the manifest's size and checksum")
-    return {name: os.path.getsize(os.path.join(path, name)) for name in (*files, "manifest.json")}
+        raise UserError(
+            f"{path}: format {found_format}, this version reads {FORMAT}; use the version of the code that wrote it, or"
+            " move this checkpoint away to go on from an older one"
+        )
+    return files
 
 
-def verify(path: str) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check_step(path: str, step: int | None) -> None:
+    """Raises Damaged where `state.json` is of another step than this. None: any step will do."""
     try:
-        check(path)
+        with _missing_means_damaged("state.json"):
+            found = load_state(path)["step"]
+        right = f"step-{found:08d}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"state.json: {type(error).__name__}: {error}") from None
+    if step not in (found, None):
+        raise Damaged(f"state.json is of step {found}, the name is of step {step}; rename the folder to {right}")
+
+
+def verify(path: str, step: int | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None; with `step` as in `check`."""
+    try:
+        check(path, step)
     except Damaged as error:
         return f"damaged: {error}"
     except OSError as error:
@@ -666,6 +715,13 @@ def _step(path: str) -> int:
     return int(found[1])
 
 
+def _named_step(path: str) -> int | None:
+    """The step in a checkpoint's name, also of one set aside. None: the user has given it another name."""
+    name = os.path.basename(os.path.normpath(path))
+    found = re.fullmatch(f"{NAME.pattern}|{SET_ASIDE.pattern}", name)
+    return None if found is None else int(found[1] or found[3])
+
+
 def _remove(path: str) -> None:
     """Deletes a checkpoint. One that is half deleted when the process is killed has another name."""
     folder, name = os.path.split(path)
@@ -703,20 +759,34 @@ def main() -> int:
     parsed = parser.parse_args()
     inner = os.path.join(parsed.folder, "checkpoints")
     folder = inner if os.path.isdir(inner) else parsed.folder
-    paths = _folders(folder)
-    paths += [os.path.join(folder, name) for name in sorted(_names(folder)) if SET_ASIDE.fullmatch(name)]
+    try:
+        names = _names(folder)
+    except OSError as error:
+        print(f"error: {folder}: {error.strerror}; name a run directory", file=sys.stderr)
+        return 2
+    paths = _sorted(folder, names)
+    paths += [os.path.join(folder, name) for name in sorted(names) if SET_ASIDE.fullmatch(name)]
     if not paths:
         print(f"error: {parsed.folder}: no checkpoints", file=sys.stderr)
         return 2
     bad = 0
     for path in paths:
-        size = sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
         set_aside = "set aside" if SET_ASIDE.fullmatch(os.path.basename(path)) else ""
         wrong = verify(path) if parsed.command == "verify" else None
         bad += wrong is not None
         said = wrong or ("whole" if parsed.command == "verify" else "")
-        print(f"{path}  {size / 2**20:10.1f} MiB  {', '.join(filter(None, (set_aside, said)))}".rstrip())
+        print(f"{path}  {_nbytes(path) / 2**20:10.1f} MiB  {', '.join(filter(None, (set_aside, said)))}".rstrip())
     return 1 if bad else 0
+
+
+def _nbytes(path: str) -> int:
+    """The size of what can be read: a training process may delete a checkpoint while it is listed."""
+    nbytes = 0
+    with contextlib.suppress(OSError):
+        for file in [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]:
+            with contextlib.suppress(OSError):
+                nbytes += os.path.getsize(file)
+    return nbytes
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,21 @@ from pipeline.lease import Lease, LeaseLost, acquire, observe
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 LEASE = "run"
+
+
+def is_object(content: Any) -> bool:
+    return isinstance(content, dict)
+
+
+def is_list_of_steps(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(entry, dict) and all(type(entry.get(key)) is int for key in ("first", "last")) for entry in content
+    )
+
+
+# Whether a file's content fits, and what it must be.
+OBJECT = (is_object, "an object")
+SKIPPED = (is_list_of_steps, 'a list of {"first": <step>, "last": <step>}')
 
 
 class RunDir:
@@ -58,6 +74,9 @@ class RunDir:
                 + "; ".join(differing)
                 + ". Set these back to resume it, or choose another run.dir"
             )
+        for name in ("exit.json", "STOP"):
+            if os.path.isdir(self.file(name)):
+                raise UserError(f"{self.file(name)}: is a folder, expected a file; move it away")
         if os.path.exists(self.file("exit.json")):
             os.remove(self.file("exit.json"))
 
@@ -82,13 +101,26 @@ class RunDir:
             self.lease.release()
 
     def read(self, name: str) -> Any:
+        """The content of a file of JSON, or None without this file.
+
+        Raises:
+            UserError: it can't be read, or its content is not of the right kind.
+        """
         try:
             with open(self.file(name)) as file:
-                return json.load(file)
+                content = json.load(file)
         except FileNotFoundError:
             return None
+        except IsADirectoryError:
+            problem = "is a folder, expected a file"
         except ValueError:
-            raise UserError(f"{self.file(name)}: not readable JSON; restore it or choose another run.dir") from None
+            problem = "not readable JSON"
+        else:
+            fits, expected = SKIPPED if name == "skipped.json" else OBJECT
+            if fits(content):
+                return content
+            problem = f"found {textwrap.shorten(json.dumps(content), 80)}, expected {expected}"
+        raise UserError(f"{self.file(name)}: {problem}; restore it or choose another run.dir")
 
     def write(self, name: str, value: Any) -> None:
         text = value if isinstance(value, str) else json.dumps(value, indent=1)
@@ -112,7 +144,10 @@ class RunDir:
         if os.path.exists(self.file("exit.json")):
             return
         self.write("exit.json", {"status": status, "step": step, "reason": reason})
-        record = self.read("manifest.json")
+        try:
+            record = self.read("manifest.json")
+        except UserError:  # someone else has written it; the next start writes it anew
+            return
         if record is not None and "ended" not in record:
             self.write("manifest.json", {**record, "ended": now(), "exit": f"{status}: {reason}"})
 

@@ -283,7 +283,7 @@ def test_the_compilers_of_a_killed_rank_end(digits, run, tmp_path):
     for step in (0, 1):
         process = run.start(*data(digits), LONG, "engine.compile=block")
         if step:
-            until(lambda: last_step(str(run.path)) >= step or process.poll() is not None, 500, 0.05)
+            run.wait_for_step(step, process)
         else:
             until(lambda: any("cc1plus" in words_of(pid)[0] for pid in marked(run.mark) if words_of(pid)), 500, 0.02)
         assert process.poll() is None

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is recovered, what is refused."""
 
+import contextlib
 import errno
 import json
 import math
@@ -91,7 +92,7 @@ def test_a_second_save_of_a_step_replaces_the_first_and_what_a_killed_one_left_g
     # Another rank may have begun to write the next one already.
     checkpoint.complete(f"{tmp_path}/.part-00000002-a", f"{tmp_path}/step-00000002", next_one, {"step": 2})
     checkpoint.write_share(str(tmp_path / ".part-00000009-b"), state(9.0, "a"), 0, 1)
-    checkpoint.clean_up(str(tmp_path))
+    checkpoint.Store(str(tmp_path)).clean_up()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -237,7 +238,7 @@ def test_a_run_without_an_intact_checkpoint_is_refused(tmp_path, monkeypatch, im
     cut(tmp_path / "step-00000010")
     for _ in range(2):  # the second start finds damaged ones that were set aside
         with pytest.raises(
-            UserError, match=r"(?s)no checkpoint is intact.*damaged-step-00000010.*start at step 0, move"
+            UserError, match=r"(?s)no checkpoint is intact.*damaged-step-00000010.*in 8 digits.*start at step 0, move"
         ):
             checkpoint.Store(str(tmp_path)).find_newest()
     save(tmp_path / "copy", 5, 1.0)
@@ -245,14 +246,84 @@ def test_a_run_without_an_intact_checkpoint_is_refused(tmp_path, monkeypatch, im
     assert checkpoint.Store(str(tmp_path)).find_newest() == str(tmp_path / "step-00000005")
 
 
-def test_a_checkpoint_of_a_later_version_is_not_taken_for_damaged(tmp_path):
+def test_a_checkpoint_of_a_later_version_is_not_taken_for_damaged(tmp_path, monkeypatch):
     save(tmp_path, 1, 1.0)
-    save(tmp_path, 2, 1.0)
-    manifest = tmp_path / "step-00000002/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(UserError, match="format 3, this version reads 2"):
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", 3)
+        save(tmp_path, 2, 1.0)
+    with pytest.raises(UserError, match=r"format 3, this version reads 2; use the version .* or move this checkpoint"):
         checkpoint.Store(str(tmp_path)).find_newest()
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def change_manifest(folder, change):
+    file = folder / "manifest.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_flipped_bit_in_the_format_is_damage(tmp_path, older):
+    for step in (1, 2):
+        save(tmp_path, step, 1.0)
+        if older:  # a manifest without a checksum of itself
+            change_manifest(tmp_path / f"step-{step:08d}", lambda manifest: manifest.pop("blake2b", None))
+    assert checkpoint.latest(str(tmp_path)) == (str(tmp_path / "step-00000002"), [])
+    file = tmp_path / "step-00000002/manifest.json"
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
+    assert checkpoint.Store(str(tmp_path)).find_newest() == str(tmp_path / "step-00000001")
+    assert names(tmp_path) == ["damaged-step-00000002", "step-00000001"]
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_damage_or_changes_nothing(tmp_path):
+    save(tmp_path, 1, 1.0)
+    file = tmp_path / "step-00000001/manifest.json"
+    content = file.read_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        file.write_bytes(flipped)
+        wrong = checkpoint.verify(str(file.parent))
+        assert wrong is None or wrong.startswith("damaged: "), wrong
+
+
+def test_a_copy_under_the_number_of_another_step_does_not_count(tmp_path, capsys):
+    for step in (10, 20):
+        save(tmp_path, step, 1.0)
+    (tmp_path / "step-00000020").rename(tmp_path / "step-00000099")
+    assert checkpoint.Store(str(tmp_path)).find_newest() == str(tmp_path / "step-00000010")
+    assert "of step 20, the name is of step 99; rename the folder to step-00000020" in capsys.readouterr().err
+    assert "rename the folder to step-00000020" in checkpoint.verify(str(tmp_path / "damaged-step-00000099"))
+    (tmp_path / "damaged-step-00000099").rename(tmp_path / "step-00000020")
+    assert checkpoint.Store(str(tmp_path)).find_newest() == str(tmp_path / "step-00000020")
+    (tmp_path / "step-00000020").rename(tmp_path / "the best")
+    checkpoint.require(str(tmp_path / "the best"))  # as model.init_from
+
+
+@pytest.mark.parametrize("wrong", ["final", "earlier", "both", "final can't be read"])
+def test_of_two_saves_of_a_step_an_intact_one_stays(tmp_path, wrong, monkeypatch, impatient):
+    save(tmp_path, 1, 1.0)
+    save(tmp_path, 2, 1.0)
+    final, earlier = tmp_path / "step-00000002", tmp_path / ".earlier-step-00000002"
+    final.rename(earlier)
+    save(tmp_path / "second", 2, 2.0)
+    (tmp_path / "second/step-00000002").rename(final)
+    (tmp_path / "second").rmdir()
+    for folder, name in ((final, "final"), (earlier, "earlier")):
+        if wrong in (name, "both"):
+            cut(folder)
+    if wrong == "final can't be read":
+        inode = final.stat().st_ino
+        fail_to_read(monkeypatch, lambda path: os.stat(os.path.dirname(path)).st_ino == inode)
+    path = checkpoint.Store(str(tmp_path)).find_newest()
+    expected = {
+        "final": ("step-00000002", 1, ["damaged-step-00000002", "step-00000001", "step-00000002"]),
+        "earlier": ("step-00000002", 2, ["step-00000001", "step-00000002"]),
+        "both": ("step-00000001", 1, ["damaged-step-00000002", "damaged-step-00000002-1", "step-00000001"]),
+        "final can't be read": ("step-00000002", 1, ["step-00000001", "step-00000002", "unreadable-step-00000002"]),
+    }
+    assert (os.path.basename(path), checkpoint.load(path).updates, names(tmp_path)) == expected[wrong]
 
 
 def test_checkpoints_are_in_order_of_their_numbers(tmp_path):
@@ -338,16 +409,72 @@ def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     run_dir = RunDir(str(tmp_path))
-    run_dir.write("skipped.json", [1])
+    run_dir.write("classes.json", {"a": 1})
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        run_dir.write("skipped.json", [1, 2])
-    assert run_dir.read("skipped.json") == [1]
-    assert names(tmp_path) == ["skipped.json"]
+        run_dir.write("classes.json", {"a": 2})
+    assert run_dir.read("classes.json") == {"a": 1}
+    assert names(tmp_path) == ["classes.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("identity.json", "[]", r"found \[\], expected an object; restore it"),
+        ("identity.json", "null", r"found null, expected an object"),
+        ("identity.json", None, r"is a folder, expected a file; restore it"),
+        ("skipped.json", '{"first": 3}', r'found \{"first": 3\}, expected a list of \{"first": <step>'),
+        ("skipped.json", '[{"first": 3}]', r"found .*, expected a list of"),
+        ("skipped.json", '[{"first": 3, "last": "4"}]', r"found .*, expected a list of"),
+        ("exit.json", None, r"is a folder, expected a file; move it away"),
+        ("STOP", None, r"is a folder, expected a file; move it away"),
+    ],
+)
+def test_a_file_of_the_wrong_kind_in_a_run_directory_is_refused(tmp_path, name, content, message):
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content)
+    run_dir = RunDir(str(tmp_path))
+
+    def begin():
+        run_dir.open({"a": 1})
+        run_dir.read("skipped.json")
+
+    with contextlib.closing(run_dir), pytest.raises(UserError, match=f"{re.escape(str(tmp_path / name))}: {message}"):
+        begin()
+
+
+def test_the_end_of_a_run_is_told_whatever_its_manifest_is(tmp_path):
+    (tmp_path / "manifest.json").write_text("[]")
+    run_dir = RunDir(str(tmp_path))
+    run_dir.open({})
+    run_dir.end("failed", 3, "a reason")
+    run_dir.close()
+    assert run_dir.read("exit.json")["step"] == 3
+
+
+def listed(command, folder):
+    words = [sys.executable, "-m", "pipeline.checkpoint", command, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_what_is_no_checkpoint_is_listed_as_damaged(tmp_path):
+    (tmp_path / "damaged-step-00000005").write_text("a file")
+    save(tmp_path, 6, 1.0)
+    (tmp_path / "step-00000006/broken").symlink_to("nothing")
+    assert listed("ls", tmp_path)[::2] == (0, "")
+    code, output, errors = listed("verify", tmp_path)
+    assert (code, errors) == (1, "")
+    assert re.search(r"damaged-step-00000005 .* MiB  set aside, damaged: it is a file, not a folder", output)
+    code, output, errors = listed("ls", tmp_path / "damaged-step-00000005")
+    assert (code, output) == (2, "")
+    assert errors.endswith("damaged-step-00000005: Not a directory; name a run directory\n")
 
 
 def test_slurm_counts_checkpoints_that_are_not_set_aside(tmp_path):
