@@ -248,5 +248,6 @@ def test_the_processes_of_shards_commands_end_with_their_parent(command, tmp_pat
 
     until(lambda: len(found()) >= 5, 30)  # itself, server, tracker, two workers
     process.kill()
-    process.communicate()
+    process.wait()
+    process.stdout.close()  # not read to its end, which orphans would hold open
     until(lambda: not found(), 10)
