@@ -17,13 +17,24 @@ MAX_EXTENSION_BYTES = 1 << 20  # a pax header or a GNU long name
 PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n\0]+)=")
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 GNU_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+FILE, FOLDER = "file", "folder"
+KINDS = {
+    tarfile.REGTYPE: FILE,
+    tarfile.AREGTYPE: FILE,
+    tarfile.CONTTYPE: FILE,
+    tarfile.DIRTYPE: FOLDER,
+    tarfile.LNKTYPE: "hard link",
+    tarfile.SYMTYPE: "symbolic link",
+    tarfile.CHRTYPE: "character device",
+    tarfile.BLKTYPE: "block device",
+    tarfile.FIFOTYPE: "named pipe",
+}
 
 
 @dataclass(slots=True)
 class Member:
     name: str
-    is_file: bool  # a regular file: no folder, link or device
+    kind: str  # one of KINDS
     begin: int  # the first byte of its headers
     data: int  # the first byte of its content
     nbytes: int  # of its content
@@ -110,10 +121,16 @@ class Archive:
             if not re.fullmatch(rb"\d{1,18}", pax["size"]):
                 self._fail(begin, "a pax header with a damaged size")
             nbytes = int(pax["size"])
-        is_file = info.type in FILES
-        if not is_file and info.type in tarfile.SUPPORTED_TYPES:
+        kind = KINDS.get(info.type)
+        if kind is None:
+            self._fail(
+                begin,
+                f"{name} is a member of type {info.type.decode('latin-1')!r}, which is not supported",
+                "write the shard anew with regular files only (no multi-volume archive, no volume label)",
+            )
+        if kind != FILE:
             nbytes = 0  # links, folders and devices have no content
-        member = Member(name, is_file, begin, start, nbytes, start + -(-nbytes // BLOCK) * BLOCK)
+        member = Member(name, kind, begin, start, nbytes, start + -(-nbytes // BLOCK) * BLOCK)
         if self.nbytes is not None and member.end > self.nbytes:
             self._truncated(member)
         self.last = member

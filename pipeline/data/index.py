@@ -11,9 +11,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from pipeline.data.parallel import in_processes
 from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe
 from pipeline.data.tar import RECORD, UNLABELLED, Scan, scan_shard
 from pipeline.errors import UserError
@@ -133,7 +133,7 @@ def write_index(
 
     Shards that the index had before, and that are not named now, stay in it: of two processes that write the same local
     index, one waits for the other. In remote folders nothing does that: write their indexes one after the other.
-    `progress` has a method `update`.
+    With more than one of `processes`, shards are read at the same time. `progress` has a method `update`.
 
     Raises:
         UserError: a bad shard, a count that differs from `_info.json` or `sizes.json` beside it, or an index that
@@ -148,23 +148,13 @@ def write_index(
     if len(set(homes)) < len(homes):
         twice = next(url for url, place in zip(urls, homes, strict=True) if homes.count(place) > 1)
         raise UserError(f"{twice}: another shard has the same name, and {folder} can hold only one; index them apart")
-    scanned: list[Scan] = []
-    workers = ProcessPoolExecutor(processes) if processes > 1 else None
-    try:
-        found: Iterable[Scan] = (
-            workers.map(scan_shard, urls, [limits] * len(urls), chunksize=1)
-            if workers
-            else (scan_shard(url, limits) for url in urls)
-        )
-        for shard in found:
-            scanned.append(shard)
+    scans: dict[str, Scan] = {}
+    with contextlib.closing(_scans(urls, processes, limits)) as found:
+        for scan in found:
+            scans[scan.url] = scan
             if progress is not None:
                 progress.update()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed (out of memory?); start again with fewer --processes") from None
-    finally:
-        if workers:
-            workers.shutdown(cancel_futures=True)
+    scanned = [scans[url] for url in urls]
     tables: dict[str, Rows] = {}
     for (home, name), shard in zip(homes, scanned, strict=True):
         named = tables.setdefault(home, {})
@@ -190,6 +180,15 @@ def write_index(
             " write it elsewhere: index --to FOLDER, and set data.index=FOLDER"
         ) from None
     return Indexed(sum(len(shard.records) for shard in scanned), sum(shard.missing_end for shard in scanned))
+
+
+def _scans(urls: list[str], processes: int, limits: ReadConfig | None) -> Generator[Scan, None, None]:
+    """Reads the shards; gives them as they are done."""
+    tasks = [(url, limits) for url in urls]
+    if processes == 1:
+        yield from (scan_shard(*task) for task in tasks)
+    else:
+        yield from in_processes(scan_shard, tasks, processes)
 
 
 def _lease(home: str, stack: contextlib.ExitStack) -> Lease | None:

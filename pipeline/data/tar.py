@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.archive import Archive, Member
+from pipeline.data.archive import FILE, FOLDER, Archive, Member
+from pipeline.data.parallel import check_stop
 from pipeline.data.source import Data, ReadConfig, Source, is_local, is_pipe
 from pipeline.errors import UserError
 
@@ -95,12 +96,22 @@ def grouped(archive: Archive, wanted: Callable[[str, int], bool]) -> Iterator[Fo
     """Joins adjacent members with the same key; reads those whose suffix and size are `wanted`.
 
     A suffix that comes again starts another sample with the same key.
+
+    Raises:
+        UserError: a link or a device with the name of a sample's member. tar stores the second of two hard links as a
+            link, and webdataset passes over it, so its sample would be lost.
     """
     sample: Found | None = None
     for member in archive:
         key, suffix = member_key(member)
         if key is None:
             continue
+        if member.kind != FILE:
+            fix = "with --dereference --hard-dereference" if member.kind.endswith("link") else "without it"
+            raise UserError(
+                f"{archive.url}: {member.name} at byte {archive.origin + member.begin} is a {member.kind}, expected a"
+                f" regular file; write the tar {fix}"
+            )
         if sample is None or key != sample.key or suffix in sample.sizes:
             if sample is not None:
                 yield sample
@@ -117,7 +128,7 @@ def member_key(member: Member) -> tuple[str | None, str]:
     from webdataset.tariterators import base_plus_ext
 
     key, suffix = base_plus_ext(member.name)
-    if not member.is_file or key is None or re.match(r"__[^/]*__($|/)", member.name):
+    if member.kind == FOLDER or key is None or re.match(r"__[^/]*__($|/)", member.name):
         return None, ""
     return key, suffix.lower()
 
@@ -208,6 +219,7 @@ class StreamFile(io.RawIOBase):
 class Scan:
     """What one shard holds."""
 
+    url: str
     nbytes: int
     records: np.ndarray  # (N,), RECORD
     bad: int  # samples that lack an image or a readable class
@@ -226,7 +238,7 @@ def scan_shard(url: str, limits: ReadConfig | None = None) -> Scan:
         stream = StreamFile(source.stream(url))
         archive = Archive(io.BufferedReader(stream, 1 << 20), url, limits.allow_missing_end)
         records, bad = _scan(url, archive)
-        return Scan(stream.nbytes, records, bad, archive.missing_end)
+        return Scan(url, stream.nbytes, records, bad, archive.missing_end)
     nbytes = source.size(url)
     if nbytes == 0:
         raise UserError(f"{url}: empty file; write the shard anew")
@@ -236,13 +248,14 @@ def scan_shard(url: str, limits: ReadConfig | None = None) -> Scan:
             records, bad = _scan(url, archive)
     except OSError as error:
         raise UserError(f"{url}: can't be read: {error.strerror or error}") from None
-    return Scan(nbytes, records, bad, archive.missing_end)
+    return Scan(url, nbytes, records, bad, archive.missing_end)
 
 
 def _scan(url: str, archive: Archive) -> tuple[np.ndarray, int]:
     rows: list[tuple[int, int, int, int]] = []
     lacking: list[str] = []
     for sample in grouped(archive, lambda suffix, nbytes: suffix == "cls" and nbytes <= MAX_LABEL_BYTES):
+        check_stop()
         where, label = f"{url}: sample {sample.key}", label_in(sample.contents.get("cls", b""))
         if not any(suffix in sample.sizes for suffix in IMAGE_SUFFIXES):
             lacking.append(

@@ -201,6 +201,115 @@ def test_damaged_extended_headers_are_errors(name):
         list(Archive(io.BytesIO(build(pax, file) + bytes(1024)), "x.tar"))
 
 
+# ---- links and devices
+
+
+def linked(folder, make_link):
+    """A tar of a folder in which make_link made a second name for each file of sample a."""
+    folder.mkdir()
+    for name, content in (("a.cls", b"1"), ("a.png", png(1)), ("b.cls", b"2"), ("b.png", png(2))):
+        (folder / name).write_bytes(content)
+    for suffix in ("cls", "png"):
+        make_link(folder / f"a.{suffix}", folder / f"zz-a.{suffix}")
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    return file.getvalue()
+
+
+def device(data, kind):
+    """The tar `data` with a device zz-a.png behind its last member."""
+    end = edges(data)[-1]
+    info = tarfile.TarInfo("zz-a.png")
+    info.type = kind
+    return data[:end] + info.tobuf(tarfile.USTAR_FORMAT)[:512] + bytes(1024)
+
+
+DEREFERENCE = "expected a regular file; write the tar with --dereference --hard-dereference"
+NO_FILES = {
+    "hard links": (lambda path: linked(path, lambda a, b: os.link(a, b)),
+                   r"zz-a.cls at byte 4096 is a hard link, " + DEREFERENCE),
+    "symbolic links": (lambda path: linked(path, lambda a, b: b.symlink_to(a.name)),
+                       r"zz-a.cls at byte 4096 is a symbolic link, " + DEREFERENCE),
+    "a character device": (lambda path: device(shard(2), tarfile.CHRTYPE),
+                           r"zz-a.png at byte 4096 is a character device, .*; write the tar without it"),
+    "a named pipe": (lambda path: device(shard(2), tarfile.FIFOTYPE), "zz-a.png at byte 4096 is a named pipe"),
+    "a part of a multi-volume archive": (lambda path: device(shard(2), b"M"),
+                                         "byte 4096: zz-a.png is a member of type 'M', which is not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+def test_links_and_devices_in_the_place_of_a_samples_files_are_errors(tmp_path, command, name):
+    build, message = NO_FILES[name]
+    data, path = build(tmp_path / "folder"), tmp_path / "x.tar"
+    end = 4096
+    path.write_bytes(data[:end] + bytes(len(data) - end))  # the same size, without them
+    assert command("index", path)[0] == 0
+    path.write_bytes(data)
+    code, output = command("verify", path)  # the index is older
+    assert code == 1
+    assert re.search(message, output), output
+    for name in ("index.json", "index.bin"):
+        (tmp_path / name).unlink()
+    code, output = command("index", path)
+    assert code == 2
+    assert re.search(rf"x.tar: .*{message}", output), output
+    assert not (tmp_path / "index.json").exists()
+    stream = ResampledSamples([str(path)], Source(), 100, 1, (0,))
+    samples = []
+    for sample in stream._drawn():
+        samples.append(sample)
+        if sample.bad:
+            break
+    assert re.search(message, samples[-1].bad)
+    with pytest.raises(UserError, match=message):
+        shard_keys(str(path), Source())
+
+
+def test_a_file_of_an_indexed_sample_that_became_a_link_makes_a_bad_sample(tmp_path, command):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in (("a.cls", b"1"), ("a.json", b""), ("a.png", png(1)), ("b.cls", b"2"), ("b.png", png(2))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    path, data = tmp_path / "x.tar", file.getvalue()
+    path.write_bytes(data)
+    assert command("index", path)[0] == 0
+    info = tarfile.TarInfo("a.json")
+    info.type, info.linkname = tarfile.SYMTYPE, "a.cls"
+    path.write_bytes(data[:1024] + info.tobuf(tarfile.USTAR_FORMAT)[:512] + data[1536:])
+    code, output = command("verify", path)
+    assert code == 1
+    assert re.search("sample .*a.json at byte 1024 is a symbolic link", output), output
+    code, output = command("write", path, tmp_path / "out")
+    assert code == 2
+    assert re.search("a.json at byte 1024 is a symbolic link", output), output
+    index = load_index(str(path))
+    samples = OrderedSamples(index, Order(index.counts, 0, 1, 4, shuffle=False), Source(), 10)
+    first, second = (samples.get(0, position)[0] for position in range(2))
+    samples.close()
+    assert "damaged at byte 0: not the indexed sample" in first.bad
+    assert not second.bad
+
+
+def test_folders_and_links_that_webdataset_passes_over_are_allowed(tmp_path, command):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, kind in (("v1.0", tarfile.DIRTYPE), ("latest", tarfile.SYMTYPE), ("__meta__/x.png", tarfile.LNKTYPE),
+                           ("null", tarfile.CHRTYPE)):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "v1.0"
+            tar.addfile(info)
+    data, path = file.getvalue(), tmp_path / "x.tar"
+    path.write_bytes(data[: 4 * 512] + shard(3))
+    code, output = command("index", path)
+    assert (code, "indexed 3 samples" in output) == (0, True), output
+    assert command("verify", path)[0] == 0
+
+
 # ---- labels
 
 

@@ -76,7 +76,11 @@ Sample = tuple[str, dict[str, bytes]]  # key, and contents by suffix
 
 
 def reference(data) -> list[Sample] | None:
-    """What tarfile and webdataset's rules make of a tar; None where tarfile stops before a valid end."""
+    """What tarfile and webdataset's rules make of a tar.
+
+    None where tarfile stops before a valid end, and of what is not supported: a sample's member that is no regular
+    file, and unknown types of members.
+    """
     samples: list[Sample] = []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -84,8 +88,12 @@ def reference(data) -> list[Sample] | None:
                 if member.issparse() or any(k in tar.pax_headers for k in ("path", "size")):
                     return None
                 key, suffix = base_plus_ext(member.name)
-                if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
+                if member.type not in tarfile.SUPPORTED_TYPES:
+                    return None
+                if member.isdir() or key is None or re.match(r"__[^/]*__($|/)", member.name):
                     continue
+                if not member.isreg():
+                    return None
                 suffix = suffix.lower()
                 if not samples or samples[-1][0] != key or suffix in samples[-1][1]:
                     samples.append((key, {}))

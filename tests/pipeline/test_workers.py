@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 
 from pipeline.data.index import load_index
 from pipeline.data.loader import DataConfig, Loader, evaluation_stream
@@ -207,15 +208,33 @@ def test_commands_end_with_a_killed_worker_and_with_a_killed_rank(tmp_path):
     all_gone([*pids, *commands], 5)
 
 
-def test_the_processes_of_shards_index_end_with_their_parent():
-    """Pool, fork server and the tracker of shared resources."""
-    process, _ = script("""
+POOLS = {
+    "write and verify": """
         import os, time
         from pipeline.data.parallel import in_processes
         print(os.getpid(), flush=True)
         for _ in in_processes(time.sleep, [(100,)] * 4, 2): ...
-    """, {"PIPELINE_TEST": "index"})  # fmt: skip
-    ours = b"PIPELINE_TEST=index"
+    """,
+    "index": """
+        import os, sys
+        from pipeline import shards
+        print(os.getpid(), flush=True)
+        sys.argv = ["shards", "index", "FOLDER/*.tar", "--processes", "2"]
+        shards.main()
+    """,
+}
+
+
+@pytest.mark.parametrize("command", POOLS)
+def test_the_processes_of_shards_commands_end_with_their_parent(command, tmp_path):
+    """Pool, fork server and the tracker of shared resources."""
+    with webdataset.TarWriter(f"{tmp_path}/0.tar") as writer:
+        for number in range(1000):
+            writer.write({"__key__": str(number), "png": b"image", "cls": "0"})
+    for number in range(1, 2000):  # minutes of work
+        os.link(f"{tmp_path}/0.tar", f"{tmp_path}/{number}.tar")
+    process, _ = script(POOLS[command].replace("FOLDER", str(tmp_path)), {"PIPELINE_TEST": command})
+    ours = f"PIPELINE_TEST={command}".encode()
 
     def found():
         pids = []
@@ -229,5 +248,6 @@ def test_the_processes_of_shards_index_end_with_their_parent():
 
     until(lambda: len(found()) >= 5, 30)  # itself, server, tracker, two workers
     process.kill()
-    process.communicate()
+    process.wait()
+    process.stdout.close()  # not read to its end, which orphans would hold open
     until(lambda: not found(), 10)
