@@ -10,6 +10,7 @@ Exit code 0: nothing was lost; 1: something was; 2: a mistake in the config or t
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -286,7 +287,7 @@ def check(parsed: argparse.Namespace) -> "RunConfig":
 
     config = load_config(parsed.config, parsed.overrides)
     parsed.steps = parsed.steps or (STEPS if parsed.chaos is None else CHAOS_STEPS)
-    if parsed.chaos is not None and (parsed.only is not None or parsed.chaos <= 0):
+    if parsed.chaos is not None and (parsed.only is not None or not 0 < parsed.chaos < math.inf):
         raise UserError("--chaos: expected a number of minutes above 0, without --only")
     if parsed.round is not None and (parsed.chaos is None or parsed.round < 0):
         raise UserError("--round: expected the number of a round, together with --chaos")
@@ -306,8 +307,11 @@ def check(parsed: argparse.Namespace) -> "RunConfig":
 
 def cause_chaos(drill: Drill, parsed: argparse.Namespace) -> int:
     """Random faults; returns the exit code."""
+    from pipeline.build import prepare_data
     from pipeline.chaos import Chaos, summary
+    from pipeline.runtime import Ranks
 
+    prepare_data(drill.config, Ranks(0, 1, 0, 1))  # chaos serves and damages copies of the shards before the first run
     chaos = Chaos(drill, parsed.seed, say)
     say(f"chaos: {drill.ranks} ranks, {drill.steps} steps, seed {parsed.seed}; runs below {drill.folder}")
     rehearse(drill)

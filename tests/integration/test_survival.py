@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline import checkpoint
-from pipeline.drill import DRILLS
+from pipeline.drill import DRILLS, main
 from pipeline.job import Job
 from pipeline.rehearsal import compare, last_step, newest_checkpoint, read_result
 from tests.conftest import ROOT, data, environment, free_port, slow_saves, start, until
@@ -75,8 +75,9 @@ def test_drills_lose_nothing_under_zero(digits, tmp_path, zero_stage, drills):
 
 @pytest.mark.survival
 @pytest.mark.timeout(1200)
-def test_three_minutes_of_chaos_lose_nothing(digits, tmp_path):
-    code, output, rounds = drill(digits, tmp_path, "--chaos", "3", "--seed", "0")
+def test_three_minutes_of_chaos_lose_nothing(tmp_path):
+    """Its data set does not exist yet, as on a fresh machine."""
+    code, output, rounds = drill(tmp_path / "digits", tmp_path, "--chaos", "3", "--seed", "0")
     assert code == 0, output
     print(output)
     assert all(played["lost"] == [] for played in rounds.values())
@@ -84,6 +85,12 @@ def test_three_minutes_of_chaos_lose_nothing(digits, tmp_path):
     assert len(rounds) >= 3
     assert len(faults) >= len(rounds), "some faults come too late: the run is over before them"
     assert f"{len(rounds)} rounds, {len(faults)} faults" in output
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0", "-1"])
+def test_chaos_takes_a_number_of_minutes(minutes, capsys):
+    assert main(["--chaos", minutes]) == 2
+    assert "--chaos: expected a number of minutes above 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
