@@ -1,6 +1,8 @@
 """Shared fixtures: the embedded shards, and a way to run the training command as its users do."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -120,9 +122,12 @@ def slow_saves(folder):
 
 
 def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """One below those that the system gives to connections: it stays free until it is listened to."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("", port))
+            return port
 
 
 def two_ranks():

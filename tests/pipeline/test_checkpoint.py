@@ -19,8 +19,8 @@ from pipeline.engine import EngineConfig, TrainingState
 from pipeline.errors import PeerLost, UserError
 from pipeline.monitor.jsonl import restore_logs
 from pipeline.run_dir import RunDir
-from pipeline.runtime import Ranks, free_port
-from tests.conftest import ROOT, SMALL, data, environment
+from pipeline.runtime import Ranks
+from tests.conftest import ROOT, SMALL, data, environment, free_port
 
 
 def state(value, name):
