@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.build import Run, build
 from pipeline.config import CONFIG_FOLDER, load_config
 from pipeline.run_dir import RunDir
-from pipeline.runtime import Ranks, StopSignal, export_ranks, free_port, read_ranks
+from pipeline.runtime import Ranks, StopSignal, export_ranks, read_ranks
 
 STRATEGIES: dict[str, int | None] = {"ddp": None, "zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -43,10 +43,10 @@ def launch(script: str, words: Sequence[str], ranks: int, folder: str) -> Any:
     threads = max((os.cpu_count() or 1) // ranks, 1)
     quiet = "ignore::FutureWarning,ignore::UserWarning"  # of DeepSpeed's and torch's own code
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": quiet}
-    port, own = free_port(), tempfile.mkdtemp(dir=folder)
+    own = tempfile.mkdtemp(dir=folder)
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}", script,
-        *words, "--worker", own,
+        sys.executable, "-m", "pipeline.launcher", "torchrun", f"--nproc-per-node={ranks}", script, *words,
+        "--worker", own,
     ]  # fmt: skip
     done = subprocess.run(command, env=environment)
     if done.returncode:

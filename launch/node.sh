@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Starts the ranks of this node and waits for them. The scripts beside it call it with the arguments of
 # pipeline/train.py, and in the environment: PYTHON, LAUNCHER, PREFLIGHT, NETWORK_INTERFACE (settings.sh); NODES, RANKS
-# (of this node), HEAD (address), PORT, RUN_ID, LOGS (folder), NODE_RESTARTS (by the launcher itself), STOP_FILE (that
-# the signals of a batch system become, if there is one).
+# (of this node), HEAD (address), PORT, RUN_ID, LOGS (folder), NODE_RESTARTS (by the launcher itself), RENDEZVOUS_SECRET
+# (of all nodes, if there are several), STOP_FILE (that the signals of a batch system become, if there is one).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # this tree's code, installed or not
 if [[ ${1:-} == --print-run-dir ]]; then exec "$PYTHON" pipeline/train.py "$@"; fi
 
+if [[ $NODES == 1 ]]; then # nobody else needs to reach this machine: the launcher takes a free port of the loopback
+    HEAD=127.0.0.1 PORT=0 NETWORK_INTERFACE=
+fi
 read -r address interface < <("$PYTHON" launch/address.py "$HEAD" "$NETWORK_INTERFACE")
 export GLOO_SOCKET_IFNAME=$interface # gloo's own choice is what the host name resolves to
 if [[ $NETWORK_INTERFACE ]]; then export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE; fi
@@ -21,22 +24,25 @@ if [[ $(trap -p HUP) == *"''"* ]]; then # nohup: a launcher would handle the sig
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-if ((NODE_RESTARTS)); then # a fresh store for each start: nodes may count restarts differently, and read old addresses
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+rendezvous=fixed conf=is_host=$is_host,ranks=$RANKS # pipeline/launcher.py tells what these are
+if [[ $NODES == *:* ]] || { ((NODE_RESTARTS)) && [[ $NODES != 1 ]]; }; then
+    rendezvous=elastic
+elif [[ ${STOP_FILE:-} ]]; then # Slurm numbers the nodes
+    conf+=,node_rank=$SLURM_NODEID
 fi
 LOGS+=/${SLURMD_NODENAME:-$HOSTNAME}
 mkdir -p "$LOGS"
 if [[ $LAUNCHER == accelerate ]]; then
-    words=(-m accelerate.commands.launch --config_file launch/accelerate/one_process.yaml --tee 3 --log_dir "$LOGS"
+    words=(-m pipeline.launcher accelerate --config_file launch/accelerate/one_process.yaml --tee 3 --log_dir "$LOGS"
         --num_cpu_threads_per_process "$OMP_NUM_THREADS" --max_restarts "$NODE_RESTARTS")
     if ((NODES * RANKS > 1)); then
         words+=(--multi_gpu --num_machines "$NODES" --machine_rank "${SLURM_NODEID:-0}"
             --num_processes $((NODES * RANKS)) --main_process_ip "$HEAD" --main_process_port "$PORT"
-            --rdzv_backend c10d --rdzv_conf "is_host=$is_host")
+            --rdzv_backend "$rendezvous" --rdzv_conf "$conf")
     fi
 else
-    words=(-m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$NODE_RESTARTS"
-        --rdzv-backend c10d --rdzv-conf "is_host=$is_host" --tee 3 --log-dir "$LOGS")
+    words=(-m pipeline.launcher torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$NODE_RESTARTS"
+        --rdzv-backend "$rendezvous" --rdzv-conf "$conf" --tee 3 --log-dir "$LOGS")
 fi
 
 script=launch/start.py

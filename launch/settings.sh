@@ -23,4 +23,10 @@ ranks_here() { # one for each GPU, or one
     echo "${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
 }
 
+address_of() { # the IPv4 address of a host that other machines reach, a private one if it has one; empty without any
+    local found
+    found=$(getent ahostsv4 "$1" | sed '/^127\./d;s/ .*//') || true
+    grep -m 1 -E '^(10|192\.168|172\.(1[6-9]|2[0-9]|3[01]))\.' <<<"$found" || head -n 1 <<<"$found"
+}
+
 help_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; } # the comment at the head of a script

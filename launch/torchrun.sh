@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on several machines without a batch system, by torchrun's elastic rendezvous.
+# Pretrains on several machines without a batch system, by torchrun.
 #
 #   launch/torchrun.sh --hosts HOST,HOST,... [option ...] [--config configs/X.yaml] [key=value ...]
 #       from any machine: starts itself on every host over ssh. Ctrl-C saves and ends the run.
@@ -60,10 +60,22 @@ if [[ -z $NODES || -z $head ]]; then
     help_of "$0" >&2
     exit 2
 fi
-HEAD=$(getent ahostsv4 "$head" | sed -n '/^127\./d;s/ .*//p;q') || true
+HEAD=$(address_of "$head")
 if [[ -z $HEAD ]]; then
     echo "--head $head: the name has no address that other machines reach; name an address" >&2
     exit 2
+fi
+if [[ $NODES != 1 && -z ${RENDEZVOUS_SECRET:-} ]]; then # all machines find the same one in the run directory
+    secret=$run_dir/logs/.rendezvous-secret
+    if [[ ! -s $secret ]]; then
+        mkdir -p "$run_dir/logs"
+        mine=$(mktemp "$secret.XXXXXXXX")
+        head -c 32 /dev/urandom | base64 >"$mine"
+        ln -T "$mine" "$secret" 2>/dev/null || true # another machine may have been first
+        rm -f "$mine"
+    fi
+    RENDEZVOUS_SECRET=$(<"$secret")
+    export RENDEZVOUS_SECRET
 fi
 RANKS=$(ranks_here)
 export NODES RANKS HEAD PORT RUN_ID=pretrain LOGS=$run_dir/logs NODE_RESTARTS

@@ -4,6 +4,7 @@ One process and plain DDP; `zero.py` has DeepSpeed behind the same interface. Th
 """
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.optimizer import EMA, moment_names, skip_step
 from pipeline.options import option
-from pipeline.runtime import Ranks, local_device
+from pipeline.runtime import Ranks, local_device, read_rendezvous
+from pipeline.store import open_store
 
 MIN_LOSS_SCALE = 1.0  # of fp16; gradients that overflow at this scale are not the scale's fault
+MAX_GATHERED_BYTES = 64 << 20  # of one rank, in `gather_objects`
 REDUCE_BUCKET_SIZE = 25_000_000  # gradients reduced together; DeepSpeed's default holds a buffer of 5e8 numbers
 
 
@@ -157,6 +160,8 @@ class TrainingState:
 class Engine:
     """Plain DDP, or one process, through Accelerate."""
 
+    needs_group = False  # in a single process on the CPU, too
+
     def __init__(self, config: EngineConfig, plan: BatchPlan, ranks: Ranks):
         self.config, self.plan, self.ranks = config, plan, ranks
         self._join()
@@ -178,10 +183,18 @@ class Engine:
             os.environ["LOCAL_RANK"] = str(device.index)  # Accelerate and DeepSpeed take it for the device's index
         if torch.distributed.is_initialized():
             return
+        rank, world_size, seconds = self.ranks.rank, self.ranks.world_size, self.config.timeout_seconds
+        alone = world_size == 1
+        if alone and not on_gpu and not self.needs_group:
+            return  # gloo listens on a port even where nobody can call
+        if alone:
+            store = torch.distributed.HashStore()
+        else:
+            store = open_store(read_rendezvous(os.environ), rank == 0, seconds, world_size)
         try:
             torch.distributed.init_process_group(
-                self.backend, timeout=timedelta(seconds=self.config.timeout_seconds), rank=self.ranks.rank,
-                world_size=self.ranks.world_size, device_id=device if on_gpu else None,
+                self.backend, store=store, timeout=timedelta(seconds=seconds), rank=rank, world_size=world_size,
+                device_id=device if on_gpu and not alone else None,  # with a device NCCL opens its ports at once
             )  # fmt: skip
         except torch.distributed.DistBackendError as error:
             if "Duplicate GPU" not in str(error):
@@ -201,14 +214,22 @@ class Engine:
             raise UserError("engine.reduce_precision: half under DDP needs GPUs; use engine.reduce_precision=fp32")
         half = {"no": "NO", "bf16": "BF16", "fp16": "FP16"}[self.config.precision]
         hook = DDPCommunicationHookType[half if self.config.reduce_precision == "half" else "NO"]
-        handlers = [self._process_group(), DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]
+        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]
         handlers.append(GradScalerKwargs(init_scale=self.config.initial_loss_scale))
-        return Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=self.config.precision,
-            gradient_accumulation_steps=self.plan.accumulation,
-            kwargs_handlers=handlers,
-        )
+        hidden = {}
+        if torch.distributed.is_initialized():
+            handlers.append(self._process_group())
+        else:  # Accelerate joins a group where it finds a local rank
+            hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK",) if name in os.environ}
+        try:
+            return Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision=self.config.precision,
+                gradient_accumulation_steps=self.plan.accumulation,
+                kwargs_handlers=handlers,
+            )
+        finally:
+            os.environ.update(hidden)
 
     def _process_group(self) -> Any:
         from accelerate import InitProcessGroupKwargs
@@ -431,12 +452,27 @@ class Engine:
         return self.reduce_sum(rows)
 
     def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
-        """Everybody's value, by rank. Collective; for rare and small things."""
+        """Everybody's value, by rank: what JSON makes of it (tuples become lists). Collective; for rare, small things.
+
+        `group` is one of the CPU. torch's own way would unpickle what comes over the network.
+        """
+        data = json.dumps(value).encode()
         if self.ranks.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(gathered, value, group=group)
-        return gathered
+            return [json.loads(data)]
+        device = self.device if group is None else torch.device("cpu")
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)], device=device), group)]
+        for rank, size in enumerate(sizes):
+            if not 0 < size <= MAX_GATHERED_BYTES:
+                raise RuntimeError(f"rank {rank} sends {size} bytes of JSON, expected 1 to {MAX_GATHERED_BYTES}")
+        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self._gather(own.to(device), group)
+        return [json.loads(row[:size].cpu().numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def _gather(self, values: Tensor, group: Any) -> list[Tensor]:
+        rows = [torch.empty_like(values) for _ in range(self.ranks.world_size)]
+        torch.distributed.all_gather(rows, values, group=group)
+        return rows
 
     def device_names(self) -> list[str]:
         """Host and device of each rank. Collective."""

@@ -12,8 +12,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.runtime import free_port
-
 TRAIN = Path(__file__).with_name("train.py")
 MARK = "PIPELINE_JOB"  # this variable tells a job's processes, those of a launcher that was killed as well
 # Its processes end with us, even if we are killed: a launcher's ranks notice its death.
@@ -33,7 +31,7 @@ class Job:
     """
 
     def __init__(self, words: Sequence[str], ranks: int, output: str, environ: Mapping[str, str] | None = None):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+        launcher = ["-m", "pipeline.launcher", "torchrun", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *(launcher if ranks > 1 else []), str(TRAIN), *words]
         self.ranks, self.output, self.mark = ranks, output, uuid.uuid4().hex
         kept = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}

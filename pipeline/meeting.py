@@ -10,9 +10,11 @@ from typing import Any
 
 from pipeline.errors import PeerLost, UserError
 from pipeline.runtime import Ranks, Rendezvous, StopSignal
+from pipeline.store import open_store, seal, unseal
 
 NEWS_SECONDS = 1.0  # between two looks for a stop on another rank
 MEETING_SECONDS = 10.0  # for finding the store
+MAX_VALUE_BYTES = 16 << 20  # of one rank's word
 
 
 class Meeting:
@@ -20,34 +22,48 @@ class Meeting:
 
     def __init__(self, rank: int, world_size: int, place: Rendezvous, timeout: float, hosts: bool = True):
         """Raises UserError where rank 0 can't listen at the address, or where nobody answers there."""
-        from torch.distributed import DistError, PrefixStore, TCPStore
+        from torch.distributed import DistError, HashStore, PrefixStore
 
         self.rank, self.world_size, self.timeout, self.errors = rank, world_size, timeout, DistError
-        hosts = hosts and rank == 0 and not place.hosted
         try:
-            store = TCPStore(
-                place.address, place.port, is_master=hosts, timeout=timedelta(seconds=timeout), wait_for_workers=False
-            )
-        except DistError as error:
-            where = f"MASTER_ADDR={place.address} MASTER_PORT={place.port}"
-            if hosts and "EADDRINUSE" in str(error):
-                raise UserError(
-                    f"{where}: another program listens on this port; end it, or set another MASTER_PORT"
-                ) from None
+            store = HashStore() if world_size == 1 else open_store(place, hosts and rank == 0, timeout)
+        except DistError:
             raise UserError(
-                f"{where}: no answer from rank 0 within {timeout:g} s; start rank 0, check that the name leads to its"
-                " node, and that the port is free there and open between the nodes"
+                f"MASTER_ADDR={place.address} MASTER_PORT={place.port}: no answer from rank 0 within {timeout:g} s;"
+                " start rank 0, check that the name leads to its node, and that the port is free there and open between"
+                " the nodes"
             ) from None
         self.seen: set[int] = set()
+        self.name = place.name
         self.store = PrefixStore(place.name, store)
+
+    def _set(self, key: str, value: Any) -> None:
+        self.store.set(key, seal(f"{self.name}/{key}", json.dumps(value).encode()).decode())
+
+    def _get(self, key: str, writer: str) -> Any:
+        """Raises UserError where another than the ranks has written the value."""
+        value = self.store.get(key)
+        if len(value) > MAX_VALUE_BYTES:
+            raise UserError(
+                f"rendezvous: key {self.name}/{key}, expected from {writer}, has {len(value)} bytes, at most"
+                f" {MAX_VALUE_BYTES} are read; close the port to other machines"
+            )
+        data = unseal(f"{self.name}/{key}", value, writer)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"rendezvous: key {self.name}/{key}, expected from {writer}, is not JSON: another program has written"
+                " it; close the port to other machines"
+            ) from None
 
     def tell(self, name: str, value: Any) -> None:
         """Raises PeerLost where the store is gone, as all methods but `collect` do."""
         with self._peers():
-            self.store.set(f"{name}/{self.rank}", json.dumps(value))
+            self._set(f"{name}/{self.rank}", value)
 
     def collect(self, name: str, ranks: Iterable[int] | None = None, timeout: float | None = None) -> dict[int, Any]:
-        """What ranks have told under this name, of those that did so in time."""
+        """What ranks have told under this name, of those that did so in time. Raises UserError as `_get` does."""
         end, told = time.monotonic() + (self.timeout if timeout is None else timeout), {}
         for rank in range(self.world_size) if ranks is None else ranks:
             key = f"{name}/{rank}"
@@ -56,36 +72,36 @@ class Meeting:
                 if left > 0:
                     self.store.wait([key], timedelta(seconds=left))
                 if self.store.check([key]):
-                    told[rank] = json.loads(self.store.get(key))
+                    told[rank] = self._get(key, f"rank {rank}")
                     self.seen.add(rank)
         return told
 
     def answer(self, name: str, value: Any) -> None:
         """What rank 0 says to what all have told."""
         with self._peers():
-            self.store.set(f"{name}/answer", json.dumps(value))
+            self._set(f"{name}/answer", value)
 
     def hear(self, name: str) -> Any:
         """Waits for rank 0's answer, which itself waits for all ranks."""
         with self._peers():
             self.store.wait([f"{name}/answer"], timedelta(seconds=2 * self.timeout + 5))
-            return json.loads(self.store.get(f"{name}/answer"))
+            return self._get(f"{name}/answer", "rank 0")
 
     def announce(self, name: str) -> None:
         """Tells all, whoever asks by `announced`."""
         with self._peers():
-            self.store.set(name, "")
+            self._set(name, True)
 
     def announced(self, name: str) -> bool:
         with self._peers():
-            return self.store.check([name])
+            return self.store.check([name]) and self._get(name, "another rank")
 
     def leave(self) -> None:
         """Rank 0 leaves last, since the store ends with it."""
-        with contextlib.suppress(PeerLost):
+        with contextlib.suppress(PeerLost, UserError):
             self.tell("left", True)
-        if self.rank == 0:
-            self.collect("left", self.seen, timeout=2.0)
+            if self.rank == 0:
+                self.collect("left", self.seen, timeout=2.0)
 
     @contextlib.contextmanager
     def _peers(self) -> Iterator[None]:

@@ -98,6 +98,21 @@ def export_ranks(ranks: Ranks, environ: Any) -> None:
     if "MASTER_PORT" not in environ:
         job = environ.get("SLURM_JOB_ID")
         environ["MASTER_PORT"] = str(20000 + int(job) % 20000 if job else free_port())
+    if sys.platform == "linux" and on_one_machine(environ):  # elsewhere the loopback interface has another name
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
+
+
+LOOPBACK = "127.0.0.1"
+
+
+def is_loopback(address: str) -> bool:
+    return address in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", address) is not None
+
+
+def on_one_machine(environ: Mapping[str, str]) -> bool:
+    """Whether all ranks run on this machine, so that nobody else needs to reach them."""
+    return environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"] or is_loopback(environ["MASTER_ADDR"])
 
 
 def slurm_head(environ: Mapping[str, str]) -> str | None:
@@ -130,7 +145,8 @@ def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # A store of rank 0's own is fresh at each start, which the nodes may count differently.
     start = f"/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if hosted else ""
-    return Rendezvous(environ["MASTER_ADDR"], int(port), hosted, f"meeting{start}")
+    address = environ["MASTER_ADDR"] if hosted or not on_one_machine(environ) else LOOPBACK
+    return Rendezvous(address, int(port), hosted, f"meeting{start}")
 
 
 def read_accelerate(environ: Any) -> dict[str, str]:

@@ -35,6 +35,8 @@ class ZeroEngine(Engine):
     1 and 2, a flat fp32 tensor for each parameter group's share of this rank; 3, flat tensors of parameters' shares.
     """
 
+    needs_group = True
+
     def _connect(self) -> Any:
         handlers = [self._process_group()]
         if not torch.cuda.is_available():

@@ -9,6 +9,7 @@ import json
 import os
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from pipeline.build import build_engine
@@ -18,6 +19,13 @@ from pipeline.runtime import export_ranks, read_ranks
 from vit.model import ViT, ViTConfig
 
 MICRO_BATCHES = 256  # of all ranks together
+
+
+def gather(value):
+    """Everybody's value, tensors included, by rank."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def micro_loss(model, number, dtype):
@@ -51,12 +59,12 @@ def measure(ranks, stage, precision, offload=False):
     torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
     expected = reference(model, dtype, 1024.0 if precision == "fp16" else 1.0)
     engine.prepare(model, build_optimizer(model, OptimizerConfig(name="sgd", weight_decay=0.0), 1.0), None)
-    before = engine.gather_objects(engine.whole(engine.state(), None).weights)
+    before = gather(engine.whole(engine.state(), None).weights)
     for micro in range(engine.plan.accumulation):
         with engine.micro_step():
             engine.backward(micro_loss(engine.model, micro * ranks.world_size + ranks.rank, dtype))
     norm = float(engine.step(1.0))
-    after = engine.gather_objects(engine.whole(engine.state(), None).weights)
+    after = gather(engine.whole(engine.state(), None).weights)
     if ranks.is_main:
         wanted = torch.cat([t.flatten() for t in expected.values()]).norm()
         pairs = [

@@ -9,6 +9,7 @@ import os
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from pipeline.build import build_engine
@@ -34,6 +35,13 @@ class Poison(torch.autograd.Function):
         return gradient + ctx.poison, None
 
 
+def gather(value):
+    """Everybody's value, tensors included, by rank."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16", "fp16"]) -> None:
     config = EngineConfig(
         zero_stage=None if stage == "null" else int(stage), precision=precision, micro_batch_size=2,
@@ -57,7 +65,7 @@ def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16", "fp16"]) -
                 loss = (logits**2 - logits).sum() / 8
                 engine.backward(loss * float("nan") if way == "loss" else loss)
         engine.step(1e-2)
-        states.append(engine.gather_objects(engine.state()))
+        states.append(gather(engine.state()))
     scales = []
     if precision == "fp16":
         scales.append(engine.loss_scale().scale)
@@ -67,7 +75,7 @@ def poison(ranks: Ranks, stage: str, precision: Literal["no", "bf16", "fp16"]) -
                     engine.backward(engine.model(images).float().sum() * float("inf"))
             engine.step(1e-2)
         scales.append(engine.loss_scale().scale)
-        states[-1] = engine.gather_objects(engine.state())
+        states[-1] = gather(engine.state())
     if ranks.is_main:
         same, changed = [], []
         for step in range(1, STEPS):

@@ -109,6 +109,8 @@ def test_preflight_on_gpus_tries_gloo_too(monkeypatch, one_gpu):
 def test_the_process_group_is_bound_to_the_ranks_gpu(monkeypatch, one_gpu):
     group = Group()
     monkeypatch.setattr(engine.torch, "distributed", group)
+    monkeypatch.setattr(engine, "open_store", lambda *place: None)
+    monkeypatch.setattr(engine, "read_rendezvous", lambda environ: None)
     rank = Engine.__new__(Engine)
     rank.config, rank.ranks = EngineConfig(), Ranks(3, 4, 3, 4)
     rank._join()
