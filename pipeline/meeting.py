@@ -14,7 +14,7 @@ from pipeline.store import open_store, seal, unseal
 
 NEWS_SECONDS = 1.0  # between two looks for a stop on another rank
 MEETING_SECONDS = 10.0  # for finding the store
-MAX_VALUE_BYTES = 16 << 20  # of one rank's word
+MAX_VALUE_BYTES = 8 << 20  # that torch's store takes at once; who appends could make more of it
 
 
 class Meeting:

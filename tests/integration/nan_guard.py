@@ -37,8 +37,9 @@ class Poison(torch.autograd.Function):
 
 def gather(value):
     """Everybody's value, tensors included, by rank."""
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 

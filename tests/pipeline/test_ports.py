@@ -1,0 +1,243 @@
+"""Which ports a run opens, and what a stranger who reaches its store can do there: no code of his runs."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousParameters, RendezvousStateError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from pipeline import meeting
+from pipeline.errors import UserError
+from pipeline.launcher import FixedNodes, elastic
+from pipeline.meeting import Meeting
+from pipeline.runtime import Ranks, Rendezvous, export_ranks, read_rendezvous
+from pipeline.store import SECRET
+from tests.conftest import ROOT, SMALL, data, environment, free_port, until
+
+
+class Touch:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def parameters(port, **config):
+    return RendezvousParameters("x", f"127.0.0.1:{port}", "run", 1, 2, "127.0.0.1", is_host="true", **config)
+
+
+def plant(store, path):
+    """What the attack does: a state of the rendezvous that runs code when it is unpickled."""
+    C10dRendezvousBackend(store, "run")
+    state = C10dRendezvousBackend(store, "run").get_state()
+    C10dRendezvousBackend(store, "run").set_state(pickle.dumps(Touch(path)), state[1] if state else None)
+
+
+def test_torchs_own_rendezvous_runs_a_strangers_code_and_ours_does_not(tmp_path, monkeypatch):
+    store = dist.HashStore()
+    handler = create_handler(store, C10dRendezvousBackend(store, "run"), parameters(1))
+    plant(store, tmp_path / "torch")
+    with pytest.raises(AttributeError):  # it is no state; its code has run before
+        handler._state_holder.sync()
+    assert (tmp_path / "torch").exists(), "if this fails, torch has closed the hole and SignedBackend can go"
+
+    monkeypatch.setenv(SECRET, "a secret")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    handler = elastic(parameters(port := free_port()))
+    holder = handler._state_holder
+    holder._cache_duration = 0
+    holder.sync()
+    holder.mark_dirty()
+    assert holder.sync(), "its own state is signed"
+    assert [found for found in listening(psutil.Process()) if found[1] == port] == [("127.0.0.1", port)]
+    plant(dist.TCPStore("127.0.0.1", port), tmp_path / "ours")
+    with pytest.raises(RendezvousStateError, match=rf"key torch.rendezvous.run, .* not signed .*{SECRET}"):
+        holder.sync()
+    holder.mark_dirty()
+    with pytest.raises(RendezvousStateError):
+        holder.sync()
+    assert not (tmp_path / "ours").exists()
+    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_an_elastic_run_without_a_secret_says_what_that_means(monkeypatch, capfd):
+    monkeypatch.delenv(SECRET, raising=False)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    elastic(parameters(port := free_port()))
+    assert (
+        f"warning: {SECRET} is not set: whoever reaches 127.0.0.1:{port} can run code as you" in capfd.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("secret", ["a secret", ""])
+def test_a_strangers_word_is_not_parsed_where_there_is_a_secret(monkeypatch, secret):
+    monkeypatch.setenv(SECRET, secret)
+    monkeypatch.setattr(meeting, "MAX_VALUE_BYTES", 200_000)
+    place = Rendezvous("127.0.0.1", free_port(), False, "meeting")
+    first = Meeting(0, 2, place, 5.0)
+    second = Meeting(1, 2, place, 5.0)
+    first.tell("ranks", {"host": "a"})
+    second.tell("ranks", {"host": "é"})
+    second.announce("stop")
+    assert first.collect("ranks") == {0: {"host": "a"}, 1: {"host": "é"}}
+    assert first.announced("stop")
+    first.answer("ranks", [0])
+    assert second.hear("ranks") == [0]
+    stranger = dist.PrefixStore("meeting", dist.TCPStore("127.0.0.1", place.port, timeout=timedelta(seconds=5)))
+    sealed = stranger.get("ranks/0")
+    for planted, reason in (
+        (' {"host": "evil"}', "is not signed"),
+        (sealed.decode(), "is not signed"),  # rank 0's own word, under another key
+        ("{", "is not signed" if secret else "is not JSON"),
+        (" " + "[" * 100_000, "is not signed" if secret else "is not JSON"),
+        (" " * 300_000, "has 300000 bytes, at most 200000 are read"),
+    ):
+        stranger.set("ranks/1", planted)
+        if secret or "host" not in planted:
+            with pytest.raises(UserError, match=rf"key meeting/ranks/1, expected from rank 1, .*{reason}"):
+                first.collect("ranks")
+        else:
+            assert 1 in first.collect("ranks"), "as without a secret before"
+    stranger.set("stop", " true")
+    if secret:
+        with pytest.raises(UserError, match="key meeting/stop, expected from another rank"):
+            first.announced("stop")
+
+
+def test_ranks_of_one_machine_meet_on_loopback_whatever_MASTER_ADDR_says():
+    environ = {"MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "29500"}
+    export_ranks(Ranks(1, 2, 1, 2), environ)
+    assert (environ["GLOO_SOCKET_IFNAME"], environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    assert read_rendezvous(environ).address == "127.0.0.1"
+    assert read_rendezvous({**environ, "TORCHELASTIC_USE_AGENT_STORE": "True"}).address == "10.1.2.3"
+    environ = {"MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "29500"}
+    export_ranks(Ranks(1, 4, 1, 2), environ)
+    assert "GLOO_SOCKET_IFNAME" not in environ
+    assert read_rendezvous(environ).address == "10.1.2.3"
+
+
+def test_each_start_of_the_ranks_has_a_fresh_store_and_one_process_has_none():
+    one_machine = RendezvousParameters("fixed", "127.0.0.1:0", "run", 1, 1, None)
+    rendezvous = FixedNodes(one_machine)
+    first, second = (rendezvous.next_rendezvous() for _ in range(2))
+    assert first.bootstrap_store_info.master_port != second.bootstrap_store_info.master_port
+    first.store.set("old", "x")
+    assert not second.store.check(["old"])
+    alone = FixedNodes(RendezvousParameters("fixed", "127.0.0.1:0", "run", 1, 1, None, ranks="1"))
+    assert isinstance(alone.next_rendezvous().store, dist.HashStore)
+    assert not alone.use_agent_store
+
+
+GATHER = """
+import json, sys
+import torch, torch.distributed as dist
+from pipeline import engine
+from pipeline.runtime import Ranks
+def refuse(*words): raise AssertionError("an object collective")
+dist.distributed_c10d._object_to_tensor = dist.distributed_c10d._tensor_to_object = refuse
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+one = engine.Engine.__new__(engine.Engine)
+one.ranks, one.device = Ranks(rank, 2, rank, 2), torch.device("cpu")
+found = one.gather_objects([None, "é\\udce9" * 5] if rank else {"1": (2, 3)}, dist.new_group(backend="gloo"))
+assert found == [{"1": [2, 3]}, [None, "é\\udce9" * 5]], found
+assert one.gather_objects(rank or None) == [None, 1]
+engine.MAX_GATHERED_BYTES = 100
+try:
+    one.gather_objects("x" * 200 if rank else 0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_ranks_exchange_json_and_no_pickles(tmp_path):
+    command = [sys.executable, "-c", GATHER]
+    processes = [
+        subprocess.Popen([*command, str(rank), tmp_path / "store"], cwd=ROOT, env=environment({}), text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert said == ["rank 1 sends 202 bytes of JSON, expected 1 to 100\n"] * 2
+
+
+def listening(process):
+    """(address, port) of all sockets on which a process and its children listen."""
+    found = set()
+    for member in [process, *process.children(recursive=True)]:
+        found |= {c.laddr[:2] for c in member.net_connections("inet") if c.status == "LISTEN"}
+    return found
+
+
+NO_PICKLES = """
+import torch.distributed.distributed_c10d as c10d
+def refuse(*words): raise AssertionError("an object collective")
+c10d._object_to_tensor = c10d._tensor_to_object = refuse
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        (("python",), ()),
+        (("bash", "launch/local.sh"), ()),
+        pytest.param(("bash", "launch/local.sh", "--ranks", "2"), (), marks=pytest.mark.integration),
+        pytest.param(
+            ("bash", "launch/local.sh", "--ranks", "2"), ("engine.zero_stage=2",), marks=pytest.mark.integration
+        ),
+    ],
+    ids=["one process", "local.sh", "local.sh, 2 ranks", "local.sh, 2 ranks, ZeRO-2"],
+)
+def test_a_run_on_one_machine_listens_on_loopback_only_and_one_process_not_at_all(digits, tmp_path, launcher, words):
+    """A stranger on the machine plants pickles in all that he can reach meanwhile. Nobody unpickles them."""
+    (tmp_path / "usercustomize.py").write_text(NO_PICKLES)
+    script = "pipeline/train.py" if launcher == ("python",) else ""
+    run, several = tmp_path / "run", "2" in launcher
+    words = [*SMALL, *data(digits), "model.depth=1", "run.steps=100000", f"run.dir={run}", *words]
+    command = [*launcher, *([str(ROOT / script)] if script else []), *words]
+    environ = environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        metrics = run / "metrics.jsonl"
+        until(
+            lambda: (metrics.exists() and metrics.read_text().count("\n") > 2) or process.poll() is not None, 100, 0.1
+        )
+        assert process.poll() is None, process.communicate()[0]
+        ports = listening(psutil.Process(process.pid))
+        if several:
+            assert {address for address, _ in ports} == {"127.0.0.1"}
+        else:
+            assert not ports
+        planted = 0
+        for _, port in ports:
+            try:
+                store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=1), wait_for_workers=False)
+                state = pickle.dumps(Touch(tmp_path / "marker"))
+                for key in (*store.list_keys(), "torch.rendezvous.local", "torch.rendezvous.none"):
+                    store.set(f"{key}", state)
+                    planted += 1
+            except dist.DistError:  # gloo's own ports
+                continue
+        assert bool(planted) == several
+        time.sleep(3 * several)
+        assert not (tmp_path / "marker").exists()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert "an object collective" not in output
+    assert process.returncode == 0, output
+    assert not (tmp_path / "marker").exists()
