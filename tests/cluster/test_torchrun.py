@@ -121,6 +121,23 @@ def test_a_cut_link_ends_both_sides_in_time_and_the_run_resumes(run, launch, mac
     assert len(run.samples()) == 200 * 64
 
 
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_two_hosts_listen_on_one_address_each(run, launch, machines, restarts):
+    """A fixed set of nodes, and an elastic one: nothing listens on all addresses."""
+    processes = on_each_host(launch, "--max-restarts", restarts, *SMALL, "run.steps=100000")
+    run.wait_for_step(5)
+    for node, address in zip(NODES, ("10.77.0.11", "10.77.0.12"), strict=True):
+        command = [*machines.prefix, "ip", "netns", "exec", node, "ss", "-ltnH"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = {line.split()[3].rpartition(":")[::2] for line in lines} - {("0.0.0.0", "22"), ("[::]", "22")}  # sshd
+        assert {where for where, _ in found} == {address}, lines
+        assert ((address, "29400") in found) == (node == "n1"), lines
+    (run.path / "STOP").touch()
+    assert [process.wait(120) for process in processes] == [0, 0], run.said()
+    assert (run.path / "logs/.rendezvous-secret").stat().st_mode & 0o077 == 0
+    assert not list((run.path / "logs").glob(".rendezvous-secret.*"))
+
+
 def test_the_ranks_start_again_after_a_killed_one(run, launch):
     processes = on_each_host(launch, "--max-restarts", "3", *SMALL, "checkpoint.every_steps=25")
     run.wait_for_step(60)
