@@ -10,6 +10,8 @@ if [[ ${1:-} == --print-run-dir ]]; then exec "$PYTHON" pipeline/train.py "$@"; 
 
 if [[ $NODES == 1 ]]; then # nobody else needs to reach this machine: the launcher takes a free port of the loopback
     HEAD=127.0.0.1 PORT=0 NETWORK_INTERFACE=
+    RENDEZVOUS_SECRET=$(head -c 32 /dev/urandom | base64)
+    export RENDEZVOUS_SECRET
 fi
 read -r address interface < <("$PYTHON" launch/address.py "$HEAD" "$NETWORK_INTERFACE")
 export GLOO_SOCKET_IFNAME=$interface # gloo's own choice is what the host name resolves to
