@@ -16,6 +16,7 @@ the head's address, and its pickled state is signed with RENDEZVOUS_SECRET and c
 
 import ipaddress
 import os
+import socket
 import sys
 from typing import Any
 
@@ -134,9 +135,10 @@ def elastic(params: RendezvousParameters) -> RendezvousHandler:
 def open_head(address: str, port: int, is_host: bool, seconds: float) -> Any:
     """The store at the head node, hosted by this process if it is on the head."""
     if is_host:
-        if not ipaddress.ip_address(address).is_private:
+        store = host(address, port, seconds)
+        if not ipaddress.ip_address(socket.gethostbyname(address)).is_private:
             warn(f"{address} is a public address: close its port {port} to all but the machines of this run")
-        return host(address, port, seconds)
+        return store
     try:
         return connect(address, port, seconds)
     except DistError:

@@ -82,8 +82,8 @@ def open_store(place: Rendezvous, hosts: bool, timeout_seconds: float, world_siz
 def _own_address(place: Rendezvous) -> str:
     """Where rank 0 listens: MASTER_ADDR, or all addresses where other machines could not reach it there."""
     try:
-        listen(place.address, 0).close()
-        found = socket.gethostbyname(place.address)
+        with listen(place.address, 0) as probe:
+            found = probe.getsockname()[0]
         reached = is_loopback(place.address) or not is_loopback(found)  # Debian: a machine's own name is 127.0.1.1
     except OSError:  # behind address translation
         reached = False
