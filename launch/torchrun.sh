@@ -71,7 +71,7 @@ if [[ $NODES != 1 && -z ${RENDEZVOUS_SECRET:-} ]]; then # all machines find the 
         mkdir -p "$run_dir/logs"
         mine=$(mktemp "$secret.XXXXXXXX")
         head -c 32 /dev/urandom | base64 >"$mine"
-        ln -T "$mine" "$secret" 2>/dev/null || mv -nT "$mine" "$secret" # unless another machine was first
+        ln -T "$mine" "$secret" 2>/dev/null || mv -nT "$mine" "$secret" || true # another machine may have been first
         rm -f "$mine"
     fi
     RENDEZVOUS_SECRET=$(<"$secret")
