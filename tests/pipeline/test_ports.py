@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import psutil
@@ -139,6 +140,20 @@ def test_each_start_of_the_ranks_has_a_fresh_store_and_one_process_has_none():
     alone = FixedNodes(RendezvousParameters("fixed", "127.0.0.1:0", "run", 1, 1, None, ranks="1"))
     assert isinstance(alone.next_rendezvous().store, dist.HashStore)
     assert not alone.use_agent_store
+
+
+def test_nodes_that_nobody_has_numbered_are_ranked_by_address_after_the_head():
+    def join(address):
+        words = {"is_host": str(address == "10.0.0.7"), "ranks": "2"}
+        nodes = FixedNodes(RendezvousParameters("fixed", f"127.0.0.1:{port}", "run", 3, 3, address, **words))
+        return nodes.next_rendezvous()
+
+    port = free_port()
+    addresses = ("10.0.0.9", "10.0.0.2", "10.0.0.7")
+    with ThreadPoolExecutor(3) as pool:
+        joined = dict(zip(addresses, pool.map(join, addresses), strict=True))
+    assert {address: found.rank for address, found in joined.items()} == {"10.0.0.7": 0, "10.0.0.2": 1, "10.0.0.9": 2}
+    assert {found.bootstrap_store_info.master_port for found in joined.values()} == {port}
 
 
 GATHER = """
