@@ -139,6 +139,8 @@ def read_rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     Raises:
         UserError: MASTER_PORT is no port.
     """
+    if environ["WORLD_SIZE"] == "1":
+        return Rendezvous(LOOPBACK, 0, False, "meeting")  # nobody to meet: no port is opened
     port = environ["MASTER_PORT"]
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"environment variable MASTER_PORT: expected a port, 1 to 65535, found {port!r}")

@@ -128,6 +128,9 @@ def test_ranks_of_one_machine_meet_on_loopback_whatever_MASTER_ADDR_says():
     export_ranks(Ranks(1, 4, 1, 2), environ)
     assert "GLOO_SOCKET_IFNAME" not in environ
     assert read_rendezvous(environ).address == "10.1.2.3"
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # of a launcher whose only process opens no port
+    export_ranks(Ranks(0, 1, 0, 1), environ)
+    assert read_rendezvous(environ).port == 0
 
 
 def test_each_start_of_the_ranks_has_a_fresh_store_and_one_process_has_none():
