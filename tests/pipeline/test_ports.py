@@ -219,7 +219,7 @@ def test_a_run_on_one_machine_listens_on_loopback_only_and_one_process_not_at_al
         env=environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        until(lambda: last_step(str(run)) > 2 or process.poll() is not None, 100, 0.1)
+        until(lambda: last_step(str(run)) > 2 or process.poll() is not None, pause=0.1)
         assert process.poll() is None, process.communicate()[0]
         launcher = psutil.Process(process.pid)
         assert {where for where, _ in listening(launcher, *launcher.children(recursive=True))} == (
