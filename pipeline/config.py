@@ -30,6 +30,7 @@ from pipeline.schedule import ScheduleConfig
 from pipeline.trainer import RunSettings
 from vit.model import ViTConfig
 
+ALLOW_PIPE_VARIABLE = "VIT_PRETRAIN_ALLOW_PIPE"
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
 
@@ -85,6 +86,33 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
     tree = _expand_model(tree, path)
+    tree, sources = _apply_overrides(tree, overrides)
+    config = _Parser(path, sources).parse(RunConfig, tree, "")
+    config = dataclasses.replace(config, data=_allow_pipes(config.data, path, overrides))
+    if config.run.dir is None:
+        name = os.path.splitext(os.path.basename(path))[0]
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
+    return config
+
+
+def load_data_config(path: str | None, overrides: Sequence[str] = ()) -> DataConfig:
+    """The section `data` of a config file with `data.key=value` overrides; without a file its defaults.
+
+    Raises:
+        UserError: anything that the file or an override gets wrong.
+    """
+    other = next((text for text in overrides if not text.startswith("data.")), None)
+    if other is not None:
+        raise UserError(f"command line: {other!r}: only options of data can be set here, such as data.index=FOLDER")
+    if path is not None:
+        return load_config(path, overrides).data
+    tree, sources = _apply_overrides({}, overrides)
+    config = _Parser("command line", sources).parse(DataConfig, tree.get("data", {}), "data.")
+    return _allow_pipes(config, "command line", overrides)
+
+
+def _apply_overrides(tree: dict, overrides: Sequence[str]) -> tuple[dict, dict[str, str]]:
+    """The tree with the values of `key=value` words in it, and where these keys come from."""
     sources: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -94,25 +122,78 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
+        if isinstance(value, (int, float)) and _is_text(key):
+            value = text
         layer: Any = value
         for part in reversed(key.split(".")):
             layer = {part: layer}
         tree = _merge(tree, _expand_model(layer, "command line"))
         sources[key] = "command line"
-    config = _Parser(path, sources).parse(RunConfig, tree, "")
-    if config.run.dir is None:
-        name = os.path.splitext(os.path.basename(path))[0]
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
-    return config
+    return tree, sources
 
 
-def config_from_tree(tree: Any, source: str) -> RunConfig:
-    """A config from plain values, such as a checkpoint keeps.
+def _is_text(key: str) -> bool:
+    """Whether an option's value is text, whatever it looks like."""
+    hint: Any = RunConfig
+    for part in key.split("."):
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint is str or hint == (str | None)
+
+
+def _allow_pipes(config: DataConfig, path: str, overrides: Sequence[str]) -> DataConfig:
+    """Only the command line or the environment can allow shell commands: the file may be a stranger's.
 
     Raises:
-        UserError: anything that does not fit; `source` names where it came from.
+        UserError: the file alone allows them.
     """
-    return _Parser(source, {}).parse(RunConfig, tree, "")
+    layer: Any = _apply_overrides({}, overrides)[0]
+    for part in ("data", "read", "allow_pipe"):
+        layer = layer.get(part) if isinstance(layer, dict) else None
+    if layer is not None:
+        return config
+    allowed = os.environ.get(ALLOW_PIPE_VARIABLE) == "1"
+    if config.read.allow_pipe and not allowed:
+        raise UserError(
+            f"{path}: data.read.allow_pipe: a config file can't allow itself to run shell commands; read the commands"
+            " in data.train and data.val, then add data.read.allow_pipe=true to the command line or set the"
+            f" environment variable {ALLOW_PIPE_VARIABLE}=1"
+        )
+    return dataclasses.replace(config, read=dataclasses.replace(config.read, allow_pipe=allowed))
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that is taken from a checkpoint's state.json besides its step: nothing that names a source or a command."""
+
+    model: ViTConfig
+    preprocessing: tuple[Any, ...]  # policies for evaluation, from `pipeline.data.augment`
+    objective: Any
+    classes: list[str]
+    step: int
+
+
+def describe_checkpoint(facts: Any, path: str) -> Description:
+    """What a checkpoint's `state.json` says of its model.
+
+    Raises:
+        UserError: something does not fit; names the checkpoint.
+    """
+    parser = _Parser(path, {})
+    tree = facts.get("config") if isinstance(facts, dict) else None
+    if not isinstance(tree, dict) or not isinstance(tree.get("augment", {}), dict):
+        raise UserError(f"{path}: state.json describes no model; name another checkpoint")
+    classes, step = facts.get("classes") or [], facts.get("step")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: state.json: classes: expected a list with the name of each class")
+    if type(step) is not int:
+        raise UserError(f"{path}: state.json: step: expected a whole number")
+    return Description(
+        parser.parse(ModelConfig, tree.get("model", {}), "model."),
+        parser.plugins("data.augment", tree.get("augment", {}).get("val", ()), "augment.val"),
+        parser.plugins("objectives", tree.get("objective", "classification"), "objective"),
+        classes,
+        step,
+    )
 
 
 def list_configs() -> list[str]:
@@ -216,7 +297,10 @@ class _Parser:
         if type(given) is hint:
             return given
         names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-        self.fail(key, f"expected {names.get(hint, hint)}, found {given!r}")
+        quotes = hint is str and isinstance(given, (int, float))
+        self.fail(
+            key, f"expected {names.get(hint, hint)}, found {given!r}" + ("; put the text in quotes" if quotes else "")
+        )
 
 
 def plugin_names(package: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The run directory: resolved config, manifest, how the run ended; and what may change when it is resumed."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from pipeline.lease import Lease, LeaseLost, acquire, observe
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 LEASE = "run"
+OF_LAUNCHERS = ("checkpoints", "logs", "restarts", "STOP", "exit.json")  # what may be there before the first start
 
 
 def is_object(content: Any) -> bool:
@@ -34,9 +36,28 @@ OBJECT = (is_object, "an object")
 SKIPPED = (is_list_of_steps, 'a list of {"first": <step>, "last": <step>}')
 
 
+def create_folder(path: str, mode: int) -> None:
+    """Creates a run directory with this mode, whatever the umask; one that is there already keeps its own."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    else:
+        set_mode(path, mode)
+
+
+def set_mode(path: str, mode: int) -> None:
+    with contextlib.suppress(OSError):  # some network file systems have no modes
+        os.chmod(path, mode)
+
+
 class RunDir:
-    def __init__(self, path: str):
-        self.path = path
+    """`mode` is set at the first start of a run: its files may name machines, users and private sources."""
+
+    def __init__(self, path: str, mode: int = 0o700):
+        self.path, self.mode = path, mode
         self.checkpoints = os.path.join(path, "checkpoints")
         self.lease: Lease | None = None  # without it this start must not write there
 
@@ -51,6 +72,7 @@ class RunDir:
                 differs.
         """
         try:
+            self.create()
             os.makedirs(self.checkpoints, exist_ok=True)
             self.claim(stopped)
         except OSError as error:
@@ -62,6 +84,8 @@ class RunDir:
         if known is None:
             if os.listdir(self.checkpoints):
                 raise UserError(f"run.dir={self.path}: holds checkpoints but no identity.json; choose another run.dir")
+            if all(name in OF_LAUNCHERS or name.startswith(".") for name in os.listdir(self.path)):
+                set_mode(self.path, self.mode)  # a launcher has made it for this run
             self.write("identity.json", known := identity)
         differing = [
             f"{key}: there {known.get(key)!r}, now {identity.get(key)!r}"
@@ -79,6 +103,9 @@ class RunDir:
                 raise UserError(f"{self.file(name)}: is a folder, expected a file; move it away")
         if os.path.exists(self.file("exit.json")):
             os.remove(self.file("exit.json"))
+
+    def create(self) -> None:
+        create_folder(self.path, self.mode)
 
     def claim(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Takes the lease on the directory.

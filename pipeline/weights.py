@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline import checkpoint
+from pipeline.engine import check_weights
 from pipeline.errors import UserError
 from vit.model import ViT, ViTConfig
 from vit.weights import from_layout, to_layout
@@ -75,6 +77,22 @@ def fit_weights(model: ViT, path: str, new_head: bool) -> dict[str, Tensor]:
         return from_layout(state, model.state_dict(), model.config, new_head=new_head)
     except ValueError as error:
         raise UserError(f"model.init_from={path}: {error}") from None
+
+
+def check_model(config: ViTConfig, weights: Mapping[str, Tensor]) -> None:
+    """Compares a checkpoint's model with its weights, before anything of the model's size is allocated.
+
+    Raises:
+        UserError: they don't belong together.
+    """
+    if config.depth > len(weights):
+        raise UserError(f"the checkpoint is of another model: model.depth={config.depth}, but {len(weights)} tensors")
+    try:
+        with torch.device("meta"):
+            model = ViT(config)
+    except RuntimeError as error:  # sizes that overflow
+        raise UserError(f"the checkpoint's model can't be built: {str(error).splitlines()[0]}") from None
+    check_weights(model, weights)
 
 
 def write_weights(weights: dict[str, Tensor], config: ViTConfig, layout: str, out: str, class_names: list[str]) -> None:

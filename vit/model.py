@@ -87,7 +87,8 @@ class ViTConfig:
                 f" the nearest that are: {', '.join(map(str, near))}"
             )
         if self.width % self.heads:
-            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
+            small = [n for n in range(1, min(math.isqrt(self.width), 1 << 16) + 1) if self.width % n == 0]
+            divisors = [*small, *(self.width // n for n in small)]
             raise ValueError(
                 f"heads: {self.heads} does not divide width {self.width};"
                 f" the nearest that does: {min(divisors, key=lambda n: abs(n - self.heads))}"

@@ -24,6 +24,7 @@ from pipeline.data.parallel import in_processes
 from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe
 from pipeline.data.tar import RECORD, UNLABELLED, Scan, scan_shard
 from pipeline.errors import UserError
+from pipeline.files import is_partial_of, write_durably
 from pipeline.lease import Lease, acquire
 
 FORMAT = 3
@@ -169,9 +170,10 @@ def write_index(
             merged = {home: _merged(home, named, limits, beside=folder is None) for home, named in tables.items()}
             for home, shards in merged.items():
                 _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
-            for lease in leases:
+            for home, lease in zip(sorted(tables), leases, strict=True):
                 if lease is not None:
                     lease.check()
+                    remove_partials(home, r"index\.(json|bin)")
             for home, shards in merged.items():
                 _write_table(home, shards)
     except OSError as error:
@@ -286,30 +288,22 @@ def _timm_counts(content: Any) -> dict[str, int]:
     }
 
 
+def remove_partials(folder: str, final: str) -> None:
+    """Removes what killed processes have left of local files (a regular expression), which nobody writes now."""
+    for name in os.listdir(folder):
+        if is_partial_of(name, final):
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, name))
+
+
 def write_file(url: str, data: bytes) -> None:
     """Writes so that nobody reads half a file: a local one is renamed when it is whole, an object appears then."""
     if not is_local(url):
         filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.pipe_file(path, data)
         return
-    folder = os.path.dirname(url) or "."
-    os.makedirs(folder, exist_ok=True)
-    with open(url + ".part", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(url + ".part", url)
-    sync_folder(folder)
-
-
-def sync_folder(folder: str) -> None:
-    """Makes renames in a local folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems can't, and don't need it
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.makedirs(os.path.dirname(url) or ".", exist_ok=True)
+    write_durably(url, data)
 
 
 def load_index(

@@ -39,7 +39,9 @@ class Refused(Exception):
 class ReadConfig:
     timeout_seconds: float = option(30.0, "longest silence of a source before the read is tried again", may_change=True)
     deadline_seconds: float = option(300.0, "longest time for one read with all its repetitions", may_change=True)
-    allow_pipe: bool = option(False, "run the commands of `pipe:` URLs (a shell, with your rights)", may_change=True)
+    allow_pipe: bool = option(
+        False, "run the commands of `pipe:` URLs (a shell, with your rights); never from a file", may_change=True
+    )
     allow_missing_end: bool = option(
         False, "accept tars that end without two blocks of zeros, but not inside a member", may_change=True
     )
@@ -236,10 +238,12 @@ class Source:
         """The shell command of a `pipe:` URL.
 
         Raises:
-            UserError: the config does not allow it.
+            UserError: the user has not allowed it.
         """
         if not self.limits.allow_pipe:
-            raise UserError(f"{url}: this is a shell command; set data.read.allow_pipe=true to let it run")
+            raise UserError(
+                f"{url}: this is a shell command; to run it, set data.read.allow_pipe=true on the command line"
+            )
         return url.removeprefix("pipe:")
 
 

@@ -20,12 +20,13 @@ import numpy.random  # otherwise loaded at first use, which can swallow a Ctrl-C
 from PIL import Image
 
 from pipeline.data.decode import decode
-from pipeline.data.index import read_classes, write_file
+from pipeline.data.index import read_classes, remove_partials, write_file
 from pipeline.data.order import random_order
 from pipeline.data.origins import Origin, Rejects, open_origin
 from pipeline.data.parallel import check_stop, in_processes
 from pipeline.data.tar import IMAGE_SUFFIXES
 from pipeline.errors import UserError
+from pipeline.files import new_file, partial_path
 from pipeline.lease import Lease, acquire
 from pipeline.options import option
 
@@ -150,15 +151,9 @@ def _write_claimed(
                 if progress is not None:
                     progress.update(count)
     finally:
-        remove_parts(folder, config.prefix)  # of this start, and of one that was killed
+        # Of this start, and of one that was killed.
+        remove_partials(folder, rf"{re.escape(config.prefix)}-(\d{{6,}}\.tar|plan\.json|skipped\.jsonl)")
     return Written(shards, len(skipped.lines))
-
-
-def remove_parts(folder: str, prefix: str) -> None:
-    mine = re.compile(rf"{re.escape(prefix)}-\d{{6,}}\.tar\.\d+\.part")
-    for name in os.listdir(folder):
-        if mine.fullmatch(name):
-            os.remove(os.path.join(folder, name))
 
 
 def claim_folder(folder: str, config: WriteConfig, identity: str) -> None:
@@ -212,7 +207,8 @@ def refuse_foreign_files(folder: str, prefix: str) -> None:
     plans = tuple(name.removesuffix("plan.json") for name in names if name.endswith("-plan.json"))
     prefixes = "|".join(map(re.escape, plans)) or "$"
     ours = re.compile(
-        rf"classes\.json.*|index\..*|.*-plan\.json\.part|({prefixes}).*|\.(index|classes|write-.*)\.(lease|time).*"
+        rf"classes\.json.*|index\..*|({prefixes}).*|\.(index|classes|write-.*)\.(lease|time).*"
+        rf"|\.(classes\.json|index\.(json|bin)|.*-plan\.json|({prefixes}).*)\.[0-9a-f]+\.part"
     )
     others = sorted(name for name in names if not ours.fullmatch(name))
     if others:
@@ -249,8 +245,8 @@ def write_shard(shard: str, first: int, source: Origin, config: WriteConfig) -> 
 
     rejects = Rejects(config.skip_bad)
     count = len(source.sizes)
-    part = f"{shard}.{os.getpid()}.part"
-    with open(part, "wb") as file:
+    part = partial_path(shard)
+    with open(part, "wb", opener=new_file) as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
             for number in range(count):
                 check_stop()
