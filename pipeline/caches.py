@@ -46,7 +46,7 @@ def use_private_caches(compiles: bool) -> None:
         if compiles and (chosen or writable):
             fix = f"set {name} to" if chosen else "remove it, or set XDG_CACHE_HOME to"
             raise UserError(f"{name}: {problem}, and code is loaded from there; {fix} a folder of your own")
-        spare = spare or _make_spare()
+        spare = spare or _make_spare(compiles)
         os.environ[name] = os.path.join(spare, name.lower())
         os.mkdir(os.environ[name], mode=0o700)
 
@@ -87,7 +87,7 @@ def find_intruder(path: str) -> str | None:
         parent = os.path.dirname(parent)
 
 
-def _make_spare() -> str:
+def _make_spare(tell: bool) -> str:
     spare, maker = tempfile.mkdtemp(prefix="vit-pretrain-"), os.getpid()
 
     def remove() -> None:
@@ -95,5 +95,7 @@ def _make_spare() -> str:
             shutil.rmtree(spare, ignore_errors=True)
 
     atexit.register(remove)
-    print(f"compiled code is kept in {spare} and not used again", file=sys.stderr, flush=True)
+    if tell:
+        print(f"warning: no cache folder can be written: what is compiled goes to {spare}, for this start only",
+              file=sys.stderr, flush=True)  # fmt: skip
     return spare

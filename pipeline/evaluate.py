@@ -7,7 +7,7 @@ stranger's, and could name commands, servers or files that nobody meant to touch
 import argparse
 import contextlib
 import csv
-import dataclasses
+import json
 import os
 import sys
 
@@ -82,9 +82,7 @@ def choose_data(path: str, urls: list[str] | None, config: str | None, overrides
     Raises:
         UserError: neither names any.
     """
-    data = load_data_config(config, overrides)
-    if urls is not None:
-        data = dataclasses.replace(data, val=tuple(urls))
+    data = load_data_config(config, overrides if urls is None else [*overrides, f"data.val={json.dumps(urls)}"])
     if not data.val and config is None:
         known = os.path.join(path, "config.yaml")
         hint = f"; if you have trained this run yourself: --config {known}" if os.path.isfile(known) else ""
