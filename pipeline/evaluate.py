@@ -13,7 +13,7 @@ from pipeline.config import config_from_tree
 from pipeline.data.index import load_index
 from pipeline.data.loader import Loader, evaluation_stream
 from pipeline.data.source import Source
-from pipeline.engine import load_weights
+from pipeline.engine import check_weights, load_weights
 from pipeline.errors import UserError, WorkerDied
 from pipeline.runtime import Ranks
 from pipeline.trainer import normalised
@@ -37,11 +37,14 @@ def evaluate(
     path = find_checkpoint(path)
     checkpoint.require(path)
     facts = checkpoint.load_state(path)
-    config = config_from_tree(facts["config"], path)
-    names = facts["classes"] or []
+    config = config_from_tree(facts.get("config"), path)
+    names = facts.get("classes") or []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = checkpoint.load_weights(path, ema)
+    with torch.device("meta"):
+        check_weights(ViT(config.model), weights)  # before memory is taken for a model of a stranger's config
     model = ViT(config.model)
-    load_weights(model, checkpoint.load_weights(path, ema))
+    load_weights(model, weights)
     model.to(device).eval()
     index = load_index(urls or config.data.val, folder=config.data.index, source=Source(config.data.read))
     size, classes = config.model.image_size, config.model.num_classes

@@ -19,8 +19,8 @@ def export(path: str, layout: str, out: str, ema: bool = False) -> None:
     path = find_checkpoint(path)
     require(path)
     facts = load_state(path)
-    config = config_from_tree(facts["config"], path)
-    write_weights(dict(load_weights(path, ema)), config.model, layout, out, facts["classes"] or [])
+    config = config_from_tree(facts.get("config"), path)
+    write_weights(dict(load_weights(path, ema)), config.model, layout, out, facts.get("classes") or [])
     print(f"wrote {out}: {config.model.variant} after step {facts['step']}, layout {layout}")
 
 

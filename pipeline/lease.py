@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Interrupted, UserError
+from pipeline.parsing import read_json
 
 BEAT_SECONDS = 3.0
 EXPIRES_SECONDS = 30.0  # a lease that has not been renewed for so long may be taken over
 POLL_SECONDS = 0.2
+MAX_RECORD_BYTES = 1 << 16  # of a lease
 
 
 class LeaseLost(UserError):
@@ -223,8 +225,7 @@ def _words(holder: dict[str, Any]) -> str:
 def _read(path: str) -> dict[str, Any] | None:
     """None where the lease has gone; an empty record, whose age decides, where the file holds no record (yet)."""
     try:
-        with open(path) as file:
-            record = json.load(file)
+        record = read_json(path, MAX_RECORD_BYTES)
         return record if isinstance(record, dict) else {}
     except FileNotFoundError:
         return None

@@ -4,6 +4,7 @@ The limits hold before memory is taken: the parsed values of a JSON text can be 
 lines of YAML can stand for billions of values.
 """
 
+import errno
 import json
 import os
 import stat
@@ -16,23 +17,28 @@ from pipeline.errors import shorten
 
 MAX_JSON_BYTES = 64 << 20  # far more than a state with the names of all classes of a large data set
 JSON_BYTES_PER_VALUE = 32  # a text may hold one value for each 32 bytes of its limit
+MAX_SAFETENSORS_HEADER_BYTES = 16 << 20  # names and shapes of 100,000 tensors
 MAX_YAML_BYTES = 256 << 10
 MAX_YAML_VALUES = 100_000  # counted as if each alias was written out
+
+
+class NotRegular(OSError):
+    """A device, a named pipe or a socket, on which a read might never end."""
 
 
 def open_regular(path: str) -> BinaryIO:
     """Opens a regular file for reading. Never waits, as opening a named pipe does.
 
     Raises:
-        OSError: it can't be opened, or is something else: a device, a named pipe, a socket.
+        OSError: it can't be opened, or is something else: `NotRegular` or a folder.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "Is a directory", path)
+            raise IsADirectoryError(errno.EISDIR, "is a folder", path)
         if not stat.S_ISREG(mode):
-            raise OSError(22, "not a regular file", path)
+            raise NotRegular(errno.EINVAL, "not a regular file", path)
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -71,14 +77,14 @@ def parse_json(data: bytes, most: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no strict JSON in UTF-8, names a key twice, is nested too deep, or holds too many values.
+        ValueError: it is no JSON in UTF-8, names a key twice, is nested too deep, or holds too many values.
     """
     check_size(len(data), most)
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > most // JSON_BYTES_PER_VALUE:
         raise ValueError(f"it holds about {values} values, expected at most {most // JSON_BYTES_PER_VALUE}")
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(data.decode(), object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -91,8 +97,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, expected a finite number")
+def check_safetensors(path: str) -> None:
+    """Raises ValueError where a file's header is larger than the file, or than headers are; OSError as `open_regular`.
+
+    All else is checked by safetensors itself when it opens the file: types, shapes and the places of the tensors.
+    """
+    with open_regular(path) as file:
+        most = min(MAX_SAFETENSORS_HEADER_BYTES, os.fstat(file.fileno()).st_size - 8)
+        nbytes = int.from_bytes(file.read(8), "little")
+    if nbytes > most:
+        raise ValueError(f"no readable safetensors: a header of {nbytes} bytes, expected at most {max(most, 0)}")
 
 
 def parse_yaml(data: str | bytes) -> Any:
