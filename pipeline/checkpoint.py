@@ -539,10 +539,11 @@ def check(path: str, step: int | None = None) -> dict[str, int]:
     for name, facts in files.items():
         with _missing_means_damaged(name):
             _refuse_link(path, name)
-            if _facts(os.path.join(path, name), facts["nbytes"]) != facts:
+            whole = os.path.join(path, name)
+            if os.path.getsize(whole) != facts["nbytes"] or _facts(whole) != facts:  # the size first: it takes no time
                 raise Damaged(f"{name} does not fit the manifest's size and checksum")
             if name != STATE:
-                _check_tensors(os.path.join(path, name), name)
+                _check_tensors(whole, name)
     _check_step(path, _named_step(path) if step is None else step)
     return {name: os.path.getsize(os.path.join(path, name)) for name in (*files, "manifest.json")}
 
@@ -647,6 +648,9 @@ def load_state(path: str) -> dict[str, Any]:
     facts = read_json(os.path.join(path, STATE))
     if not isinstance(facts, dict):
         raise ValueError(f"found {shorten(facts)}, expected an object")
+    for key in ("step", "updates"):
+        if key not in facts:
+            raise ValueError(f"{key}: missing")
     for key, (fits, expected) in FACTS.items():
         if key in facts and not fits(facts[key]):
             raise ValueError(f"{key}: found {shorten(facts[key])}, expected {expected}")
@@ -820,8 +824,8 @@ def _missing_means_damaged(name: str) -> Iterator[None]:
         raise Damaged(f"{name} is missing") from None
 
 
-def _facts(path: str, nbytes: int | None = None) -> dict[str, Any]:
-    """Size and checksum. A file whose size is not `nbytes` is not read.
+def _facts(path: str) -> dict[str, Any]:
+    """Size and checksum.
 
     Raises:
         OSError: it can't be read.
@@ -834,8 +838,6 @@ def _facts(path: str, nbytes: int | None = None) -> dict[str, Any]:
         raise Damaged(f"{os.path.basename(path)} is {error.strerror}") from None
     with file:
         size = os.fstat(file.fileno()).st_size
-        if nbytes not in (None, size):
-            return {"nbytes": size}
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return {"nbytes": size, "blake2b": digest.hexdigest()}

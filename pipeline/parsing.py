@@ -32,17 +32,15 @@ def open_regular(path: str) -> BinaryIO:
     Raises:
         OSError: it can't be opened, or is something else: `NotRegular` or a folder.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "is a folder", path)
-        if not stat.S_ISREG(mode):
-            raise NotRegular(errno.EINVAL, "not a regular file", path)
-        return open(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115  # the caller closes it
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise NotRegular(errno.EINVAL, "not a regular file", path)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for its writer
 
 
 def read_small(path: str, most: int = MAX_JSON_BYTES) -> bytes:
@@ -117,8 +115,8 @@ def parse_yaml(data: str | bytes) -> Any:
             values.
     """
     check_size(len(data), MAX_YAML_BYTES)
-    loader = yaml.SafeLoader(data)
     try:
+        loader = yaml.SafeLoader(data)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -132,8 +130,6 @@ def parse_yaml(data: str | bytes) -> Any:
         raise ValueError(f"{place}{shorten(error.problem or error.context or 'an error', 200, quote=False)}") from None
     except yaml.YAMLError as error:
         raise ValueError(shorten(" ".join(str(error).split()), 200, quote=False)) from None
-    finally:
-        loader.dispose()
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:

@@ -110,7 +110,7 @@ class ViTConfig:
         variant = given.pop("variant", None)
         if variant is None:
             return given
-        if variant not in VARIANTS:
+        if not isinstance(variant, str) or variant not in VARIANTS:
             raise ValueError(f"variant: unknown {str(variant)[:80]!r}; known are {', '.join(VARIANTS)}")
         return {**VARIANTS[variant], **given}
 
