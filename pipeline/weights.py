@@ -100,7 +100,8 @@ def _check_npz(file: BinaryIO, most: int) -> None:
                 version = np.lib.format.read_magic(content)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(content)
-                if dtype.hasobject or dtype.itemsize * math.prod(shape) != member.file_size - content.tell():
+                unsound = dtype.hasobject or min(shape, default=0) < 0
+                if unsound or dtype.itemsize * math.prod(shape) != member.file_size - content.tell():
                     raise ValueError(
                         f"{shorten(member.filename)}: its header does not fit its {member.file_size} bytes"
                     )

@@ -1,7 +1,7 @@
 """Mutated index, manifest, state, classes and config files: a result or a UserError, within limits of time and memory.
 
 Each kind runs in a process of its own, which may take MEMORY_MIB more than it has when it starts, and SECONDS an input.
-FUZZ_INPUTS and FUZZ_SEED choose more and other inputs: FUZZ_INPUTS=100000 FUZZ_SEED=7 pytest tests/pipeline/test_fuzz_files.py
+FUZZ_INPUTS and FUZZ_SEED choose more and other inputs, such as FUZZ_INPUTS=100000 FUZZ_SEED=7.
 """
 
 import copy
@@ -20,6 +20,8 @@ import pytest
 
 SECONDS = 5.0  # for one input; nearly all take milliseconds
 MEMORY_MIB = 512
+LONGEST_MESSAGE = 4000
+ROOT = Path(__file__).parents[2]
 INPUTS, SEED = int(os.environ.get("FUZZ_INPUTS", "1000")), os.environ.get("FUZZ_SEED", "0")
 STRINGS = [
     "",
@@ -95,8 +97,10 @@ def damaged(rng, data):
         elif action == "cut":
             del data[place:]
         elif action == "insert":
-            more = [b"[" * 50_000, b"{\"a\":" * 5000, b'"', b"\\u0000", b"\xff", b"\0", b"1" * 5000, b"NaN", b"-", b"&a *a", b"\t",
-                    b"!!python/name:os.system ", b"? ", b"2001-99-99", b"0x" + b"f" * 5000, b"<<: ", b": "]  # fmt: skip
+            more = [
+                b"[" * 50_000, b'{"a":' * 5000, b'"', b"\\u0000", b"\xff", b"\0", b"1" * 5000, b"NaN", b"-", b"&a *a", b"\t",
+                b"!!python/name:os.system ", b"? ", b"2001-99-99", b"0x" + b"f" * 5000, b"<<: ", b": ",
+            ]  # fmt: skip
             data[place:place] = rng.choice(more)
         elif action == "repeat":
             data[place:place] = data[max(place - 40, 0) : place] * rng.choice([1, 2, 1000])
@@ -113,14 +117,13 @@ def mutated(rng, tree, dump=lambda tree: json.dumps(tree).encode()):
 
 
 def index_files(folder):
-    from tests.pipeline.test_fuzz import png
-
     import webdataset
 
     from pipeline.data.index import _check_of, load_index, load_records, write_index
     from pipeline.data.order import Order
     from pipeline.data.reader import OrderedSamples
     from pipeline.data.source import Source
+    from tests.pipeline.test_fuzz import png
 
     for shard in "ab":
         with webdataset.TarWriter(f"{folder}/{shard}.tar", mtime=0) as writer:
@@ -284,7 +287,8 @@ def fuzz(kind, inputs, seed, folder):
             next(steps, None)
         except UserError as error:
             refused += 1
-            assert len(str(error)) < 30_000, f"a message of {len(str(error))} characters"
+            if len(str(error)) > LONGEST_MESSAGE:
+                raise AssertionError(f"{kind}, seed {seed}, input {number}: a message of {len(str(error))}") from None
         except BaseException as error:
             signal.setitimer(signal.ITIMER_REAL, 0)
             name = Path(tempfile.gettempdir(), f"fuzz-{kind}-{hashlib.blake2b(data, digest_size=6).hexdigest()}")
@@ -298,7 +302,7 @@ def fuzz(kind, inputs, seed, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mutated_file_gives_a_result_or_one_clear_error(kind, tmp_path):
-    words = [sys.executable, "-c", "import sys; from tests.pipeline.test_fuzz_files import fuzz;"
-             " fuzz(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])", kind, str(INPUTS), SEED, str(tmp_path)]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True)
+    script = f"import sys; from {__name__} import fuzz; fuzz(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])"
+    words = [sys.executable, "-c", script, kind, str(INPUTS), SEED, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
