@@ -7,6 +7,7 @@ lines of YAML can stand for billions of values.
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Hashable
 from typing import Any, BinaryIO
@@ -18,7 +19,8 @@ from pipeline.errors import shorten
 MAX_JSON_BYTES = 64 << 20  # far more than a state with the names of all classes of a large data set
 JSON_BYTES_PER_VALUE = 32  # a text may hold one value for each 32 bytes of its limit
 MAX_SAFETENSORS_HEADER_BYTES = 16 << 20  # names and shapes of 100,000 tensors
-MAX_YAML_BYTES = 256 << 10
+MAX_YAML_BYTES = 64 << 10  # a config has a few thousand; PyYAML reads 100 KB a second
+MAX_YAML_DEPTH = 100  # of brackets; PyYAML's time grows with their square
 MAX_YAML_VALUES = 100_000  # counted as if each alias was written out
 
 
@@ -115,6 +117,7 @@ def parse_yaml(data: str | bytes) -> Any:
             values.
     """
     check_size(len(data), MAX_YAML_BYTES)
+    _check_brackets(data.decode("latin-1") if isinstance(data, bytes) else data)
     try:
         loader = yaml.SafeLoader(data)
         node = loader.get_single_node()
@@ -130,6 +133,14 @@ def parse_yaml(data: str | bytes) -> Any:
         raise ValueError(f"{place}{shorten(error.problem or error.context or 'an error', 200, quote=False)}") from None
     except yaml.YAMLError as error:
         raise ValueError(shorten(" ".join(str(error).split()), 200, quote=False)) from None
+
+
+def _check_brackets(text: str) -> None:
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError("it is nested too deep")
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:

@@ -118,7 +118,7 @@ class RunDir:
             fits, expected = SKIPPED if name == "skipped.json" else OBJECT
             if fits(content):
                 return content
-            problem = f"found {'null' if content is None else shorten(content)}, expected {expected}"
+            problem = f"found {shorten(json.dumps(content), quote=False)}, expected {expected}"
         raise UserError(f"{self.file(name)}: {problem}; restore it or choose another run.dir")
 
     def write(self, name: str, value: Any) -> None:
