@@ -8,13 +8,13 @@ import os
 import platform
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.files import write_durably
 from pipeline.lease import Lease, LeaseLost, acquire, observe
+from pipeline.parsing import read_json
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 LEASE = "run"
@@ -88,7 +88,7 @@ class RunDir:
                 set_mode(self.path, self.mode)  # a launcher has made it for this run
             self.write("identity.json", known := identity)
         differing = [
-            f"{key}: there {known.get(key)!r}, now {identity.get(key)!r}"
+            f"{key}: there {shorten(known.get(key), 200)}, now {identity.get(key)!r}"
             for key in sorted(known.keys() | identity.keys())
             if known.get(key) != identity.get(key)
         ]
@@ -134,8 +134,7 @@ class RunDir:
             UserError: it can't be read, or its content is not of the right kind.
         """
         try:
-            with open(self.file(name)) as file:
-                content = json.load(file)
+            content = read_json(self.file(name))
         except FileNotFoundError:
             return None
         except IsADirectoryError:
@@ -146,7 +145,7 @@ class RunDir:
             fits, expected = SKIPPED if name == "skipped.json" else OBJECT
             if fits(content):
                 return content
-            problem = f"found {textwrap.shorten(json.dumps(content), 80)}, expected {expected}"
+            problem = f"found {shorten(json.dumps(content), quote=False)}, expected {expected}"
         raise UserError(f"{self.file(name)}: {problem}; restore it or choose another run.dir")
 
     def write(self, name: str, value: Any) -> None:

@@ -268,7 +268,7 @@ class Reader:
         """Pixels (H, W, 3), or None for a bad sample, which then says why."""
         if sample.bad is None:
             try:
-                return decode(sample.image, sample.where)
+                return decode(sample.image, sample.where, self.stream.limits.max_image_pixels)
             except UserError as error:
                 sample.bad = str(error).removeprefix(f"{sample.where}: ")
         return None

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import no_link, sync, write_durably
 from pipeline.monitor.sink import Sink
+from pipeline.parsing import read_json
 
 HEALTH = "health.jsonl"
 PATTERNS = ("metrics.jsonl", HEALTH, "quarantine.jsonl", "samples-rank*.jsonl")
@@ -185,8 +186,7 @@ def _check(path: str, state: dict[str, Any], step: int) -> None:
 
 def _read_restarted(path: str) -> dict[str, int]:
     try:
-        with open(path) as file:
-            found = json.load(file)
+        found = read_json(path)
     except FileNotFoundError:
         return {}
     except ValueError:

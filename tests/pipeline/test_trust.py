@@ -105,10 +105,10 @@ def test_an_audit_of_a_strangers_run_reads_the_users_config(stranger, marker, di
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": None}, "describes no model"),
+        ({"config": None}, "config: found None"),
         ({"config": {"augment": {"val": ["os.system"]}}}, "augment.val[0].name: unknown 'os.system'; known are"),
         ({"config": {"objective": {"name": "..monitor.sink"}}}, "objective.name: unknown '..monitor.sink'"),
-        ({"classes": {"a": 1}}, "classes: expected a list"),
+        ({"classes": {"a": 1}}, "classes: found {'a': 1}"),
         ({"config": {"model": {"depth": 10**12}}}, "model.depth=1000000000000, but "),
         (
             {"config": {"model": {"width": 10**9, "heads": 1, "depth": 4}}},
