@@ -109,12 +109,8 @@ def test_an_audit_of_a_strangers_run_reads_the_users_config(stranger, marker, di
         ({"config": {"augment": {"val": ["os.system"]}}}, "augment.val[0].name: unknown 'os.system'; known are"),
         ({"config": {"objective": {"name": "..monitor.sink"}}}, "objective.name: unknown '..monitor.sink'"),
         ({"classes": {"a": 1}}, "classes: found {'a': 1}"),
-        ({"config": {"model": {"depth": 10**12}}}, "model.depth=1000000000000, but "),
-        (
-            {"config": {"model": {"width": 10**9, "heads": 1, "depth": 4}}},
-            "the checkpoint's model can't be built: ",
-        ),
-        ({"config": {"model": {"width": 10**9, "heads": 7, "depth": 4}}}, "heads: 7 does not divide width 1000000000"),
+        ({"config": {"model": {"depth": 9000}}}, "model.depth=9000, but "),
+        ({"config": {"model": {"width": 10**7, "heads": 7, "depth": 4}}}, "heads: 7 does not divide width 10000000"),
         ({"config": {"model": {"width": 10**5, "heads": 1, "depth": 4}}}, "the checkpoint is of another model"),
     ],
 )
