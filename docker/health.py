@@ -24,7 +24,7 @@ def problem(runs: str, silence_seconds: float) -> str | None:
     run, age = os.path.dirname(newest), time.time() - os.path.getmtime(newest)
     if os.path.exists(f"{run}/exit.json"):
         with open(f"{run}/exit.json") as file:
-            end = json.load(file)
+            end = json.loads(file.read(1 << 20))
         return f"{run}: {end['reason']}" if end["status"] == "failed" else None
     return f"{run}: silent for {age:.0f} s" if age > silence_seconds else None
 

@@ -9,6 +9,7 @@ Only intact checkpoints count. A damaged one is renamed to `damaged-step-0000120
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -25,20 +26,22 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.engine import Engine, LossScale, TrainingState
-from pipeline.errors import PeerLost, UserError
+from pipeline.errors import PeerLost, UserError, shorten
 from pipeline.files import sync, write_durably
 from pipeline.lease import Lease
 from pipeline.optimizer import EMA
 from pipeline.options import option
+from pipeline.parsing import NotRegular, check_safetensors, open_regular, read_json
 
 NAME = re.compile(r"step-(\d{8,})")
 SET_ASIDE = re.compile(r"(damaged|unreadable)-step-(\d{8,})(-\d+)?")
 PART = re.compile(r"(model|optimizer|ema)-\d{5}-of-\d{5}\.safetensors")
+STATE = "state.json"
 LEFTOVERS = (".part-", ".removed-")  # of a save or a removal that was killed
 EARLIER = ".earlier-"  # a checkpoint while a second save of its step takes its place
 FORMAT = 2
@@ -485,9 +488,9 @@ def complete(partial: str, final: str, files: dict[str, Any], facts: dict[str, A
         if not os.path.exists(path) or os.path.getsize(path) != known["nbytes"]:
             raise OSError(f"{name}, which its rank has written, is not in rank 0's {partial}: all ranks need one shared"
                           " file system there")  # fmt: skip
-    state = os.path.join(partial, "state.json")
+    state = os.path.join(partial, STATE)
     write_durably(state, json.dumps(facts, indent=1))
-    manifest = {"format": FORMAT, "files": {**files, "state.json": _facts(state)}}
+    manifest = {"format": FORMAT, "files": {**files, STATE: _facts(state)}}
     manifest["blake2b"] = _checksum(manifest)
     write_durably(os.path.join(partial, "manifest.json"), json.dumps(manifest, indent=1))
     folder, name = os.path.split(final)
@@ -535,9 +538,12 @@ def check(path: str, step: int | None = None) -> dict[str, int]:
     files = _read_manifest(path)
     for name, facts in files.items():
         with _missing_means_damaged(name):
-            found = _facts(os.path.join(path, name))
-        if found != facts:
-            raise Damaged(f"{name} does not fit the manifest's size and checksum")
+            _refuse_link(path, name)
+            whole = os.path.join(path, name)
+            if os.path.getsize(whole) != facts["nbytes"] or _facts(whole) != facts:  # the size first: it takes no time
+                raise Damaged(f"{name} does not fit the manifest's size and checksum")
+            if name != STATE:
+                _check_tensors(whole, name)
     _check_step(path, _named_step(path) if step is None else step)
     return {name: os.path.getsize(os.path.join(path, name)) for name in (*files, "manifest.json")}
 
@@ -545,21 +551,47 @@ def check(path: str, step: int | None = None) -> dict[str, int]:
 def _read_manifest(path: str) -> dict[str, Any]:
     """The facts of each file. Raises what `check` does."""
     try:
-        with _missing_means_damaged("manifest.json"), open(os.path.join(path, "manifest.json")) as file:
-            manifest = json.load(file)
+        with _missing_means_damaged("manifest.json"):
+            _refuse_link(path, "manifest.json")
+            manifest = read_json(os.path.join(path, "manifest.json"))
         found_format, files = manifest["format"], dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"manifest.json: {type(error).__name__}: {error}") from None
-    checksum = manifest.pop("blake2b", None)
+        checksum = manifest.pop("blake2b", None)
+        expected = _checksum(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"manifest.json: {type(error).__name__}: {shorten(str(error), 200, quote=False)}") from None
     # Older versions wrote formats 1 and 2 without a checksum of the manifest.
-    if checksum != _checksum(manifest) and (checksum is not None or found_format not in (1, 2)):
+    if checksum != expected and (checksum is not None or found_format not in (1, 2)):
         raise Damaged("manifest.json does not fit its own checksum")
     if found_format != FORMAT:
         raise UserError(
-            f"{path}: format {found_format}, this version reads {FORMAT}; use the version of the code that wrote it, or"
-            " move this checkpoint away to go on from an older one"
+            f"{path}: format {shorten(found_format)}, this version reads {FORMAT}; use the version of the code that"
+            " wrote it, or move this checkpoint away to go on from an older one"
         )
+    for name, facts in files.items():  # a stranger's manifest must not name any other file of the user's
+        if name != STATE and not PART.fullmatch(name):
+            raise Damaged(
+                f"manifest.json names {shorten(name)}, expected only {STATE} and parts as this code writes them"
+            )
+        if not (isinstance(facts, dict) and type(facts.get("nbytes")) is int):
+            raise Damaged(f"manifest.json says {shorten(facts)} of {name}, expected its size and checksum")
     return files
+
+
+def _refuse_link(path: str, name: str) -> None:
+    """Raises Damaged where a file of a checkpoint is a link out of it."""
+    whole = os.path.join(path, name)
+    if os.path.islink(whole) and os.path.dirname(os.path.realpath(whole)) != os.path.realpath(path):
+        raise Damaged(f"{name} is a link out of the checkpoint; copy the file there")
+
+
+def _check_tensors(path: str, name: str) -> None:
+    """Raises Damaged where a part has no sound header: only that is read."""
+    try:
+        check_safetensors(path)
+        with safe_open(path, framework="pt"):
+            pass
+    except (ValueError, SafetensorError) as error:
+        raise Damaged(f"{name}: {shorten(str(error), 200, quote=False)}") from None
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -573,7 +605,7 @@ def _check_step(path: str, step: int | None) -> None:
             found = load_state(path)["step"]
         right = f"step-{found:08d}"
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"state.json: {type(error).__name__}: {error}") from None
+        raise Damaged(f"state.json: {type(error).__name__}: {shorten(str(error), 200, quote=False)}") from None
     if step not in (found, None):
         raise Damaged(f"state.json is of step {found}, the name is of step {step}; rename the folder to {right}")
 
@@ -607,9 +639,62 @@ def patiently(read: Callable[[], Found]) -> Found:
 
 
 def load_state(path: str) -> dict[str, Any]:
-    """What `Saver` was given as facts, with `step`, `updates` and `evaluation`; of a checkpoint that is intact."""
-    with open(os.path.join(path, "state.json")) as file:
-        return json.load(file)
+    """What `Saver` was given as facts, with `step`, `updates` and `evaluation`; of a checkpoint that is intact.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: its content is not as expected.
+    """
+    facts = read_json(os.path.join(path, STATE))
+    if not isinstance(facts, dict):
+        raise ValueError(f"found {shorten(facts)}, expected an object")
+    for key in ("step", "updates"):
+        if key not in facts:
+            raise ValueError(f"{key}: missing")
+    for key, (fits, expected) in FACTS.items():
+        if key in facts and not fits(facts[key]):
+            raise ValueError(f"{key}: found {shorten(facts[key])}, expected {expected}")
+    return facts
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_loss_scale(value: Any) -> bool:
+    names = {field.name for field in dataclasses.fields(LossScale)}
+    return value is None or (
+        isinstance(value, dict)
+        and {"scale", "stable_steps"} <= value.keys() <= names
+        and _is_number(value["scale"])
+        and all(_is_count(number) for name, number in value.items() if name != "scale" and number is not None)
+    )
+
+
+# What other code relies on: whether a value fits, and what it must be.
+FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_count, "a step"),
+    "updates": (_is_count, "a count"),
+    "loss_scale": (_is_loss_scale, "null or a loss scale"),
+    "classes": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "null or a list of names",
+    ),
+    "config": (_is_object, "sections of options"),
+    "evaluation": (
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+        "an object of numbers",
+    ),
+    **dict.fromkeys(("logs", "interval", "health"), (_is_object, "an object")),
+}
 
 
 def require(path: str) -> None:
@@ -671,8 +756,7 @@ def load_weights(path: str, ema: bool = False) -> Tensors:
 
 def _places(path: str, kind: str) -> dict[str, tuple[str, str]]:
     """Where each tensor of a kind is: file, and name in it."""
-    with open(os.path.join(path, "manifest.json")) as manifest:
-        names = [name for name in json.load(manifest)["files"] if name.startswith(f"{kind}-")]
+    names = [name for name in _read_manifest(path) if name.startswith(f"{kind}-")]
     places: dict[str, tuple[str, str]] = {}
     for part in (os.path.join(path, name) for name in names):
         with safe_open(part, framework="pt") as file:
@@ -741,11 +825,22 @@ def _missing_means_damaged(name: str) -> Iterator[None]:
 
 
 def _facts(path: str) -> dict[str, Any]:
+    """Size and checksum.
+
+    Raises:
+        OSError: it can't be read.
+        Damaged: it is no file that could be read to its end.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    try:
+        file = open_regular(path)
+    except NotRegular as error:
+        raise Damaged(f"{os.path.basename(path)} is {error.strerror}") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
         while chunk := file.read(1 << 22):
             digest.update(chunk)
-    return {"nbytes": os.path.getsize(path), "blake2b": digest.hexdigest()}
+    return {"nbytes": size, "blake2b": digest.hexdigest()}
 
 
 def _warn(text: str) -> None:

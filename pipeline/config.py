@@ -22,14 +22,16 @@ from pipeline.checkpoint import CheckpointConfig
 from pipeline.data.loader import DataConfig
 from pipeline.data.mix import MixConfig
 from pipeline.engine import EngineConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.health import HealthConfig
 from pipeline.optimizer import OptimizerConfig
 from pipeline.options import option
+from pipeline.parsing import MAX_YAML_BYTES, parse_yaml, read_small
 from pipeline.schedule import ScheduleConfig
 from pipeline.trainer import RunSettings
 from vit.model import ViTConfig
 
+ALLOW_PIPE_VARIABLE = "VIT_PRETRAIN_ALLOW_PIPE"
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
 
@@ -77,42 +79,123 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     if not os.path.exists(path):
         raise UserError(f"{path}: config not found; the configs here are: {', '.join(list_configs())}")
-    with open(path) as file:
-        try:
-            tree = yaml.safe_load(file) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not readable YAML: {error}") from None
+    try:
+        tree = parse_yaml(read_small(path, MAX_YAML_BYTES)) or {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable YAML: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
     tree = _expand_model(tree, path)
-    sources: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"command line: {override!r}: expected key=value, such as optimizer.weight_decay=0.1")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        layer: Any = value
-        for part in reversed(key.split(".")):
-            layer = {part: layer}
-        tree = _merge(tree, _expand_model(layer, "command line"))
-        sources[key] = "command line"
+    tree, sources = _apply_overrides(tree, overrides)
     config = _Parser(path, sources).parse(RunConfig, tree, "")
+    config = dataclasses.replace(config, data=_allow_pipes(config.data, path, overrides))
     if config.run.dir is None:
         name = os.path.splitext(os.path.basename(path))[0]
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
     return config
 
 
-def config_from_tree(tree: Any, source: str) -> RunConfig:
-    """A config from plain values, such as a checkpoint keeps.
+def load_data_config(path: str | None, overrides: Sequence[str] = ()) -> DataConfig:
+    """The section `data` of a config file with `data.key=value` overrides; without a file its defaults.
 
     Raises:
-        UserError: anything that does not fit; `source` names where it came from.
+        UserError: anything that the file or an override gets wrong.
     """
-    return _Parser(source, {}).parse(RunConfig, tree, "")
+    other = next((text for text in overrides if not text.startswith("data.")), None)
+    if other is not None:
+        raise UserError(f"command line: {other!r}: only options of data can be set here, such as data.index=FOLDER")
+    if path is not None:
+        return load_config(path, overrides).data
+    tree, sources = _apply_overrides({}, overrides)
+    config = _Parser("command line", sources).parse(DataConfig, tree.get("data", {}), "data.")
+    return _allow_pipes(config, "command line", overrides)
+
+
+def _apply_overrides(tree: dict, overrides: Sequence[str]) -> tuple[dict, dict[str, str]]:
+    """The tree with the values of `key=value` words in it, and where these keys come from."""
+    sources: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"command line: {shorten(override)}: expected key=value, such as optimizer.weight_decay=0.1"
+            )
+        try:
+            value = parse_yaml(text)
+        except ValueError:
+            value = text
+        if isinstance(value, (int, float)) and _is_text(key):
+            value = text
+        layer: Any = value
+        for part in reversed(key.split(".")):
+            layer = {part: layer}
+        tree = _merge(tree, _expand_model(layer, "command line"))
+        sources[key] = "command line"
+    return tree, sources
+
+
+def _is_text(key: str) -> bool:
+    """Whether an option's value is text, whatever it looks like."""
+    hint: Any = RunConfig
+    for part in key.split("."):
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint is str or hint == (str | None)
+
+
+def _allow_pipes(config: DataConfig, path: str, overrides: Sequence[str]) -> DataConfig:
+    """Only the command line or the environment can allow shell commands: the file may be a stranger's.
+
+    Raises:
+        UserError: the file alone allows them.
+    """
+    layer: Any = _apply_overrides({}, overrides)[0]
+    for part in ("data", "read", "allow_pipe"):
+        layer = layer.get(part) if isinstance(layer, dict) else None
+    if layer is not None:
+        return config
+    allowed = os.environ.get(ALLOW_PIPE_VARIABLE) == "1"
+    if config.read.allow_pipe and not allowed:
+        raise UserError(
+            f"{path}: data.read.allow_pipe: a config file can't allow itself to run shell commands; read the commands"
+            " in data.train and data.val, then add data.read.allow_pipe=true to the command line or set the"
+            f" environment variable {ALLOW_PIPE_VARIABLE}=1"
+        )
+    return dataclasses.replace(config, read=dataclasses.replace(config.read, allow_pipe=allowed))
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that is taken from a checkpoint's state.json besides its step: nothing that names a source or a command."""
+
+    model: ViTConfig
+    preprocessing: tuple[Any, ...]  # policies for evaluation, from `pipeline.data.augment`
+    objective: Any
+    classes: list[str]
+    step: int
+
+
+def describe_checkpoint(facts: Any, path: str) -> Description:
+    """What a checkpoint's `state.json` says of its model.
+
+    Raises:
+        UserError: something does not fit; names the checkpoint.
+    """
+    parser = _Parser(path, {})
+    tree = facts.get("config") if isinstance(facts, dict) else None
+    if not isinstance(tree, dict) or not isinstance(tree.get("augment", {}), dict):
+        raise UserError(f"{path}: state.json describes no model; name another checkpoint")
+    classes, step = facts.get("classes") or [], facts.get("step")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: state.json: classes: expected a list with the name of each class")
+    if type(step) is not int:
+        raise UserError(f"{path}: state.json: step: expected a whole number")
+    return Description(
+        parser.parse(ModelConfig, tree.get("model", {}), "model."),
+        parser.plugins("data.augment", tree.get("augment", {}).get("val", ()), "augment.val"),
+        parser.plugins("objectives", tree.get("objective", "classification"), "objective"),
+        classes,
+        step,
+    )
 
 
 def list_configs() -> list[str]:
@@ -142,17 +225,18 @@ class _Parser:
 
     def fail(self, key: str, message: str) -> typing.NoReturn:
         source = next((s for k, s in self.sources.items() if k == key or k.startswith(key + ".")), self.path)
-        raise UserError(f"{source}: {key}: {message}")
+        raise UserError(f"{source}: {shorten(key, quote=False)}: {message}")
 
     def parse(self, cls: type, tree: Any, prefix: str) -> Any:
         if not isinstance(tree, dict):
-            self.fail(prefix.rstrip("."), f"expected a section with keys, found {tree!r}")
+            self.fail(prefix.rstrip("."), f"expected a section with keys, found {shorten(tree)}")
         known = {f.name: f for f in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
         for key in tree:
             if key not in known:
-                near = [name for name in known if str(key) in getattr(hints[name], "__dataclass_fields__", ())]
-                near = [f"{name}.{key}" for name in near] or difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                key = shorten(key, quote=False)
+                near = [name for name in known if key in getattr(hints[name], "__dataclass_fields__", ())]
+                near = [f"{name}.{key}" for name in near] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known here are {', '.join(known)}"
                 self.fail(f"{prefix}{key}", f"unknown key; {hint}")
         values = {}
@@ -178,12 +262,14 @@ class _Parser:
     def plugin(self, package: str, given: Any, key: str) -> Any:
         fields = {"name": given} if isinstance(given, str) else given
         if not isinstance(fields, dict) or "name" not in fields:
-            self.fail(key, f"expected {{name: ...}}, found {given!r}; known are {', '.join(plugin_names(package))}")
+            self.fail(
+                key, f"expected {{name: ...}}, found {shorten(given)}; known are {', '.join(plugin_names(package))}"
+            )
         name = fields["name"]
         if name not in plugin_names(package):
-            near = difflib.get_close_matches(str(name), plugin_names(package), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(shorten(name, quote=False), plugin_names(package), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            self.fail(f"{key}.name", f"unknown {name!r}; {hint}known are {', '.join(plugin_names(package))}")
+            self.fail(f"{key}.name", f"unknown {shorten(name)}; {hint}known are {', '.join(plugin_names(package))}")
         options = {k: v for k, v in fields.items() if k != "name"}
         return self.parse(plugin_config(package, name), options, f"{key}.")
 
@@ -196,27 +282,27 @@ class _Parser:
         if origin is typing.Literal:
             given = "no" if given is False and "no" in arguments else given  # YAML reads a bare no as false
             if given not in arguments:
-                self.fail(key, f"expected one of {', '.join(map(repr, arguments))}, found {given!r}")
+                self.fail(key, f"expected one of {', '.join(map(repr, arguments))}, found {shorten(given)}")
             return given
         if origin is tuple:
             items = given if isinstance(given, list) else [given]
             return tuple(self.value(arguments[0], item, key) for item in items if item is not None)
         if hint is float and isinstance(given, (int, float, str)) and not isinstance(given, bool):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, OverflowError):
                 number = float(given)  # PyYAML reads 1e-3 as a string
                 if math.isfinite(number):
                     return number
-            given = str(given)
         if hint is int and isinstance(given, (float, str)) and not isinstance(given, bool):
             try:
                 if float(given) == int(float(given)):
                     return int(float(given))
             except (ValueError, OverflowError):
                 pass
-        if type(given) is hint:
+        if type(given) is hint and (hint is not int or abs(given) < 1 << 63):
             return given
         names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-        self.fail(key, f"expected {names.get(hint, hint)}, found {given!r}")
+        quotes = "; put the text in quotes" if hint is str and isinstance(given, (int, float)) else ""
+        self.fail(key, f"expected {names.get(hint, hint)}, found {shorten(given)}{quotes}")
 
 
 def plugin_names(package: str) -> list[str]:

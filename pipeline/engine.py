@@ -522,6 +522,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: names or shapes differ.
     """
+    check_weights(model, weights)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError where names or shapes differ from those of the model, which may be on the meta device."""
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     given = {name: tuple(w.shape) for name, w in weights.items()}
     wrong = [
@@ -531,5 +538,3 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise UserError("the checkpoint is of another model: " + "; ".join(wrong[:5]))
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])

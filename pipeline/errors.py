@@ -2,6 +2,8 @@
 
 import errno
 import re
+import reprlib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -31,3 +33,19 @@ def is_out_of_memory(error: BaseException) -> bool:
         )
         is not None
     )
+
+
+def shorten(value: Any, most: int = 80, *, quote: bool = True) -> str:
+    """A value that somebody else has chosen, for a message: as `repr` writes it, or a text itself, cut to `most`."""
+    if quote or not isinstance(value, str):
+        try:
+            text = _REPR.repr(value)
+        except ValueError:  # a whole number of more digits than Python writes
+            text = f"a {type(value).__name__} of too many digits"
+    else:
+        text = value[: most + 1]
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200  # `most` cuts; these keep it from writing all of a large value

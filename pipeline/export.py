@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from pipeline.checkpoint import load_state, load_weights, require
-from pipeline.config import config_from_tree
+from pipeline.config import describe_checkpoint
 from pipeline.errors import UserError
-from pipeline.weights import find_checkpoint, write_weights
+from pipeline.weights import check_model, find_checkpoint, write_weights
 from vit.weights import LAYOUTS
 
 
@@ -18,10 +18,11 @@ def export(path: str, layout: str, out: str, ema: bool = False) -> None:
     """
     path = find_checkpoint(path)
     require(path)
-    facts = load_state(path)
-    config = config_from_tree(facts["config"], path)
-    write_weights(dict(load_weights(path, ema)), config.model, layout, out, facts["classes"] or [])
-    print(f"wrote {out}: {config.model.variant} after step {facts['step']}, layout {layout}")
+    found = describe_checkpoint(load_state(path), path)
+    weights = load_weights(path, ema)
+    check_model(found.model, weights)
+    write_weights(dict(weights), found.model, layout, out, found.classes)
+    print(f"wrote {out}: {found.model.variant} after step {found.step}, layout {layout}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,18 +1,18 @@
-"""Writing files so that they survive a crash or a loss of power."""
+"""Writing files so that they survive a crash or a loss of power, and never through a link that somebody has planted."""
 
 import contextlib
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterable
 
 
 def write_durably(path: str, content: str | bytes | Iterable[bytes]) -> None:
     """Replaces a file in one step: whatever happens, `path` holds the old or the new content, whole."""
-    folder, name = os.path.split(path)
-    partial = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")  # several ranks may write the same file
+    partial = partial_path(path)
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=new_file) as file:
             content = content.encode() if isinstance(content, str) else content
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
@@ -22,7 +22,28 @@ def write_durably(path: str, content: str | bytes | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
-    sync(folder or ".")
+    sync(os.path.dirname(path) or ".")
+
+
+def partial_path(path: str) -> str:
+    """A name that nobody can guess, beside `path`: several ranks may write the same file at a time."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.part")
+
+
+def is_partial_of(name: str, final: str) -> bool:
+    """Whether a file may be left of a process that was killed while it wrote `final` (a regular expression)."""
+    return re.fullmatch(rf"\.{final}\.[0-9a-f]{{16}}\.part", name) is not None
+
+
+def new_file(path: str, flags: int) -> int:
+    """An opener for `open`: creates the file, and fails where the name is taken, also by a link."""
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open`: fails (ELOOP) where the name is a link, and does not wait where it is a named pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def sync(path: str) -> None:

@@ -9,9 +9,11 @@ Ages are differences between modification times that the same file server has se
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -21,10 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import Interrupted, UserError
+from pipeline.files import new_file, no_link
 
 BEAT_SECONDS = 3.0
 EXPIRES_SECONDS = 30.0  # a lease that has not been renewed for so long may be taken over
 POLL_SECONDS = 0.2
+RECORD_CHARACTERS = 1 << 16  # no holder's record is longer
 
 
 class LeaseLost(UserError):
@@ -76,7 +80,7 @@ class Lease:
         if self.renews and not self.lost:
             with contextlib.suppress(OSError, LeaseLost):
                 self.check()
-                _write(self.path, {**_describe_this_process(), "released": True}, "w")
+                _write(self.path, {**_describe_this_process(), "released": True}, no_link)
 
     def __enter__(self) -> "Lease":
         return self
@@ -118,7 +122,7 @@ def acquire(
         if state == "unknown":
             assert path is not None
             try:
-                changed = os.stat(path).st_mtime
+                changed = os.lstat(path).st_mtime
                 age = _server_time(folder, name) - changed
             except FileNotFoundError:
                 continue  # it has just been taken over
@@ -221,29 +225,33 @@ def _words(holder: dict[str, Any]) -> str:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """None where the lease has gone; an empty record, whose age decides, where the file holds no record (yet)."""
+    """None where the lease has gone; an empty record, whose age decides, where there is none (yet) or a link."""
     try:
-        with open(path) as file:
-            record = json.load(file)
+        with open(path, opener=no_link) as file:
+            record = json.loads(file.read(RECORD_CHARACTERS))
         return record if isinstance(record, dict) else {}
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return {}
+        raise
 
 
 def _create(path: str) -> bool:
     """Whether this process has created the file, whole; False where it is there already."""
-    partial = f"{path}.{socket.gethostname()}.{os.getpid()}"
+    partial = f"{path}.{secrets.token_hex(8)}"
     try:
-        _write(partial, _describe_this_process(), "w")
+        _write(partial, _describe_this_process(), new_file)
         try:
             os.link(partial, path)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
             try:
-                _write(path, _describe_this_process(), "x")
+                _write(path, _describe_this_process(), new_file)
             except FileExistsError:
                 return False
         return True
@@ -254,9 +262,9 @@ def _create(path: str) -> bool:
 
 def _server_time(folder: str, name: str) -> float:
     """The file server's time, in seconds."""
-    path = os.path.join(folder, f".{name}.time.{socket.gethostname()}.{os.getpid()}")
+    path = os.path.join(folder, f".{name}.time.{secrets.token_hex(8)}")
     try:
-        with open(path, "w") as file:
+        with open(path, "w", opener=new_file) as file:
             file.write("now")
             file.flush()
             os.fsync(file.fileno())
@@ -266,8 +274,8 @@ def _server_time(folder: str, name: str) -> float:
             os.remove(path)
 
 
-def _write(path: str, record: dict[str, Any], mode: str) -> None:
-    with open(path, mode) as file:
+def _write(path: str, record: dict[str, Any], opener: Callable[[str, int], int]) -> None:
+    with open(path, "w", opener=opener) as file:
         json.dump(record, file)
         file.flush()
         os.fsync(file.fileno())

@@ -125,7 +125,7 @@ def preflight(config: "RunConfig", ranks: Ranks, timeout: float, report: Report)
         report.add([Finding("ranks", False, f"{checks.place(look)}: {error}")])
         return
     assert config.run.dir is not None
-    probe = checks.RunDirProbe(config.run.dir, ranks.rank)
+    probe = checks.RunDirProbe(config.run.dir, config.run.directory_mode, ranks.rank)
     limit.cleanup = probe.remove
     looks: dict[int, dict[str, Any]] = {}
 

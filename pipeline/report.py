@@ -176,7 +176,9 @@ def check_shards(config: RunConfig, ranks: Ranks) -> bool:
         wrong, listed = [], expand_urls(urls)
         for url in listed:
             try:
-                if not is_pipe(url):
+                if is_pipe(url):
+                    source.command(url)  # refused here; a dry run runs no commands
+                else:
                     source.size(url)
             except UserError as error:
                 wrong.append(str(error))

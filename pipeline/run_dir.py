@@ -1,5 +1,6 @@
 """The run directory: resolved config, manifest, how the run ended; and what may change when it is resumed."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -7,16 +8,17 @@ import os
 import platform
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.files import write_durably
 from pipeline.lease import Lease, LeaseLost, acquire, observe
+from pipeline.parsing import read_json
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 LEASE = "run"
+OF_LAUNCHERS = ("checkpoints", "logs", "restarts", "STOP", "exit.json")  # what may be there before the first start
 
 
 def is_object(content: Any) -> bool:
@@ -34,9 +36,28 @@ OBJECT = (is_object, "an object")
 SKIPPED = (is_list_of_steps, 'a list of {"first": <step>, "last": <step>}')
 
 
+def create_folder(path: str, mode: int) -> None:
+    """Creates a run directory with this mode, whatever the umask; one that is there already keeps its own."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    else:
+        set_mode(path, mode)
+
+
+def set_mode(path: str, mode: int) -> None:
+    with contextlib.suppress(OSError):  # some network file systems have no modes
+        os.chmod(path, mode)
+
+
 class RunDir:
-    def __init__(self, path: str):
-        self.path = path
+    """`mode` is set at the first start of a run: its files may name machines, users and private sources."""
+
+    def __init__(self, path: str, mode: int = 0o700):
+        self.path, self.mode = path, mode
         self.checkpoints = os.path.join(path, "checkpoints")
         self.lease: Lease | None = None  # without it this start must not write there
 
@@ -51,6 +72,7 @@ class RunDir:
                 differs.
         """
         try:
+            self.create()
             os.makedirs(self.checkpoints, exist_ok=True)
             self.claim(stopped)
         except OSError as error:
@@ -62,9 +84,11 @@ class RunDir:
         if known is None:
             if os.listdir(self.checkpoints):
                 raise UserError(f"run.dir={self.path}: holds checkpoints but no identity.json; choose another run.dir")
+            if all(name in OF_LAUNCHERS or name.startswith(".") for name in os.listdir(self.path)):
+                set_mode(self.path, self.mode)  # a launcher has made it for this run
             self.write("identity.json", known := identity)
         differing = [
-            f"{key}: there {known.get(key)!r}, now {identity.get(key)!r}"
+            f"{key}: there {shorten(known.get(key), 200)}, now {identity.get(key)!r}"
             for key in sorted(known.keys() | identity.keys())
             if known.get(key) != identity.get(key)
         ]
@@ -79,6 +103,9 @@ class RunDir:
                 raise UserError(f"{self.file(name)}: is a folder, expected a file; move it away")
         if os.path.exists(self.file("exit.json")):
             os.remove(self.file("exit.json"))
+
+    def create(self) -> None:
+        create_folder(self.path, self.mode)
 
     def claim(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Takes the lease on the directory.
@@ -107,8 +134,7 @@ class RunDir:
             UserError: it can't be read, or its content is not of the right kind.
         """
         try:
-            with open(self.file(name)) as file:
-                content = json.load(file)
+            content = read_json(self.file(name))
         except FileNotFoundError:
             return None
         except IsADirectoryError:
@@ -119,7 +145,7 @@ class RunDir:
             fits, expected = SKIPPED if name == "skipped.json" else OBJECT
             if fits(content):
                 return content
-            problem = f"found {textwrap.shorten(json.dumps(content), 80)}, expected {expected}"
+            problem = f"found {shorten(json.dumps(content), quote=False)}, expected {expected}"
         raise UserError(f"{self.file(name)}: {problem}; restore it or choose another run.dir")
 
     def write(self, name: str, value: Any) -> None:

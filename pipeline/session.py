@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import Any
 
+from pipeline.caches import use_private_caches
 from pipeline.errors import Interrupted, PeerLost, UserError
 from pipeline.runtime import (
     LAUNCHER_SECONDS,
@@ -84,6 +85,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
 
         stop.uninstall()
         return dry_run(config, ranks)
+    use_private_caches(compiles=config.engine.compile != "none" or config.engine.offload_optimizer)
     from pipeline.build import build, explain, finished_evaluation, roll_back, summary
     from pipeline.engine import check_launcher, plan_batch
     from pipeline.health import Rollback
@@ -98,7 +100,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
             f" longer set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={LAUNCHER_SECONDS} for it",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-    run_dir = RunDir(config.run.dir)
+    run_dir = RunDir(config.run.dir, config.run.directory_mode)
     run: Any = None
     steps_done = 0  # before `run`
     stop.on_end = lambda reason: run_dir.end("failed", run.trainer.steps_done if run else steps_done, reason)
@@ -166,7 +168,7 @@ def leave_word(run_dir: Any, reason: str) -> None:
     from pipeline.checkpoint import newest_step
 
     with contextlib.suppress(OSError, UserError, Interrupted):  # another start may be training there
-        os.makedirs(run_dir.path, exist_ok=True)
+        run_dir.create()
         if run_dir.lease is None:
             run_dir.claim(stopped=lambda: True)
             with contextlib.suppress(FileNotFoundError):

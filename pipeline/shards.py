@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from pipeline.data.decode import MAX_IMAGE_PIXELS
 from pipeline.data.digits import write_digits
 from pipeline.data.index import expand_urls, write_index
 from pipeline.data.source import ReadConfig
@@ -72,7 +73,10 @@ def verify(parsed: argparse.Namespace) -> int:
     if file is not None and not os.path.isdir(os.path.dirname(file) or "."):
         raise UserError(f"--json {file}: there is no such folder")
     with tqdm(unit=" samples") as progress:
-        report = verify_shards(listed(parsed.urls), parsed.processes, progress, parsed.index, parsed.allow_missing_end)
+        report = verify_shards(
+            listed(parsed.urls), parsed.processes, progress, parsed.index, parsed.allow_missing_end,
+            parsed.max_image_pixels,
+        )  # fmt: skip
     if file is not None:
         with open(file, "w") as out:
             json.dump(report, out, indent=1)
@@ -123,6 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write the whole report there")
     command.add_argument("--index", metavar="FOLDER", help="where the index lies (beside the shards)")
     command.add_argument("--allow-missing-end", action="store_true", help=ALLOW_MISSING_END)
+
+    command.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N",
+                         help="an image of more pixels is bad (%(default)s)")  # fmt: skip
 
     command = add(audit, "check the order of a config's stream")
     command.add_argument("--config", required=True, help="YAML file")

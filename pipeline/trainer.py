@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,9 @@ class ProfileConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     dir: str | None = option(None, "run directory; null: runs/<config name>", may_change=True)
+    mode: str = option(
+        "700", 'who may enter the run directory when it is created, as for chmod; "750": your group', may_change=True
+    )
     seed: int = option(0, "seed of the initial weights, the order of the data and all augmentation")
     steps: int | None = option(None, "length in optimizer steps (exactly one of steps and epochs)", may_change=True)
     epochs: float | None = option(None, "length in passes over the training data", may_change=True)
@@ -54,8 +58,17 @@ class RunSettings:
         length = self.steps if self.steps is not None else self.epochs
         if length is not None and length <= 0:
             raise ValueError(f"steps: the length of the run must be positive, found {length}")
+        if not re.fullmatch(r"0?[0-7]?7[0-7][0145]", self.mode):
+            raise ValueError(
+                f'mode: expected three octal digits such as "700" or "750", with all rights for you and none to write'
+                f" for everybody, found {self.mode!r}"
+            )
         if self.log_every_steps < 1:
             raise ValueError(f"log_every_steps: must be at least 1, found {self.log_every_steps}")
+
+    @property
+    def directory_mode(self) -> int:
+        return int(self.mode, 8)
 
     def total_steps(self, samples: int, global_batch: int) -> int:
         if self.steps is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import PeerLost, UserError
+from pipeline.files import no_link
 from pipeline.meeting import MEETING_SECONDS, Meeting
 from pipeline.runtime import SHOW_STACKS, Ranks, Rendezvous
 
@@ -200,7 +201,7 @@ class Watchdog:
         path = os.path.join(self.folder, f"hang-rank{self.ranks.rank}.txt")
         print(f"\nerror: {message}; stacks of all threads: {path}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-        with contextlib.suppress(OSError), open(path, "w") as file:
+        with contextlib.suppress(OSError), open(path, "w", opener=no_link) as file:
             file.write(message + "\n\n")
             file.flush()
             faulthandler.dump_traceback(file=file, all_threads=True)

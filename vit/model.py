@@ -19,6 +19,7 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
     "H": {"width": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120},
 }
+LARGEST, DEEPEST = 10_000_000, 10_000  # numbers that a config may give without taking minutes to be refused
 PATCHES = (8, 14, 16, 32)
 VARIANTS: dict[str, dict[str, int]] = {
     f"{name}/{patch}": {**size, "patch_size": patch} for name, size in SIZES.items() for patch in PATCHES
@@ -61,8 +62,11 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "channels", "num_classes", "width", "depth", "heads", "mlp_dim"):
+            most = DEEPEST if name == "depth" else LARGEST
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, found {getattr(self, name)}")
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}: must be at most {most}, found {getattr(self, name)}")
         for name in ("dropout", "attention_dropout", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: must lie in [0, 1), found {getattr(self, name)}")
@@ -75,10 +79,12 @@ class ViTConfig:
                 f"width: sincos positions need a multiple of 4 from 8 on, found {self.width};"
                 f" the nearest: {max(8, round(self.width / 4) * 4)}"
             )
-        if self.registers < 0:
-            raise ValueError(f"registers: must be at least 0, found {self.registers}")
-        if self.representation_size is not None and self.representation_size < 1:
-            raise ValueError(f"representation_size: must be at least 1 or null, found {self.representation_size}")
+        if not 0 <= self.registers <= LARGEST:
+            raise ValueError(f"registers: must be from 0 to {LARGEST}, found {self.registers}")
+        if self.representation_size is not None and not 1 <= self.representation_size <= LARGEST:
+            raise ValueError(
+                f"representation_size: must be null or from 1 to {LARGEST}, found {self.representation_size}"
+            )
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
             near = [size for size in (low, low + self.patch_size) if size]
@@ -87,7 +93,8 @@ class ViTConfig:
                 f" the nearest that are: {', '.join(map(str, near))}"
             )
         if self.width % self.heads:
-            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
+            small = [n for n in range(1, min(math.isqrt(self.width), 1 << 16) + 1) if self.width % n == 0]
+            divisors = [*small, *(self.width // n for n in small)]
             raise ValueError(
                 f"heads: {self.heads} does not divide width {self.width};"
                 f" the nearest that does: {min(divisors, key=lambda n: abs(n - self.heads))}"
@@ -104,8 +111,8 @@ class ViTConfig:
         variant = given.pop("variant", None)
         if variant is None:
             return given
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: unknown {variant!r}; known are {', '.join(VARIANTS)}")
+        if not isinstance(variant, str) or variant not in VARIANTS:
+            raise ValueError(f"variant: unknown {str(variant)[:80]!r}; known are {', '.join(VARIANTS)}")
         return {**VARIANTS[variant], **given}
 
     @property

@@ -83,6 +83,8 @@ _NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("head/{}",),
     },
 }
+_LONGEST_NAME = 200  # that is searched for and shown whole
+_MOST_PROBLEMS = 200  # that are listed
 _REQUIRED = {"hf": ("class_token",), "torchvision": ("class_token", "qkv.bias"), "jax": ("qkv.bias",)}
 
 # The name by which a layout is known, and spellings of other releases of the same project.
@@ -199,7 +201,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, State]:
         return layout, result
     raise ValueError(
         f"no known layout of a ViT: expected a tensor such as {', '.join(_MARKS.values())}; found "
-        + (", ".join(list(state)[:5]) or "nothing")
+        + (", ".join(map(_short, list(state)[:5])) or "nothing")
     )
 
 
@@ -302,11 +304,17 @@ def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: 
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
     shapes = [n for n in expected if n in given and given[n].shape != expected[n].shape]
-    problems = [f"missing {n} {_shape(expected[n])}{_nearest(n, unexpected)}" for n in missing]
-    problems += [f"unexpected {n} {_shape(given[n])}{_nearest(n, missing or expected)}" for n in unexpected]
+    most = _MOST_PROBLEMS
+    problems = [f"missing {n} {_shape(expected[n])}{_nearest(n, unexpected)}" for n in missing[:most]]
+    problems += [
+        f"unexpected {_short(n)} {_shape(given[n])}{_nearest(n, missing or expected)}" for n in unexpected[:most]
+    ]
     for n in shapes:
         fix = "; model.new_head=true starts with a fresh head" if n in _under("head", layout) else ""
         problems.append(f"{n}: the file has {_shape(given[n])}, the model {_shape(expected[n])}{fix}")
+    count = len(missing) + len(unexpected) + len(shapes)
+    if count > most:
+        problems = [*problems[:most], f"... {count} tensors in all"]
     if problems:
         raise ValueError(
             f"these weights (layout {layout}) are of another model than {config.variant} at {config.image_size} pixels"
@@ -314,10 +322,16 @@ def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], layout: 
         )
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]} ..."
+
+
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    if len(name) > _LONGEST_NAME:  # the search takes long for long names, and for many
+        return ""
+    near = difflib.get_close_matches(name, [n for n in names if len(n) <= _LONGEST_NAME][:1000], n=1, cutoff=0.5)
     return f"; nearest there: {near[0]}" if near else ""

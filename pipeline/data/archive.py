@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 BLOCK = 512
 END_NBYTES = 2 * BLOCK  # an archive ends with two blocks of zeros
 MAX_EXTENSION_BYTES = 1 << 20  # a pax header or a GNU long name
+MAX_NAME_LENGTH = 4096  # Linux opens no longer path
 PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n\0]+)=")
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 GNU_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -117,6 +118,8 @@ class Archive:
             name = pax["path"].decode("utf-8", "surrogateescape").rstrip("/")
             if not name or "\0" in name:
                 self._fail(begin, "a pax header with a damaged path")
+        if len(name) > MAX_NAME_LENGTH:
+            self._fail(begin, f"a name of {len(name)} characters, more than {MAX_NAME_LENGTH}")
         if "size" in pax:
             if not re.fullmatch(rb"\d{1,18}", pax["size"]):
                 self._fail(begin, "a pax header with a damaged size")

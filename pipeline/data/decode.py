@@ -1,7 +1,6 @@
 """Encoded image -> RGB pixels, and the resizing of them."""
 
 import io
-import math
 import warnings
 
 import numpy as np
@@ -20,27 +19,42 @@ UPRIGHT = {  # by EXIF orientation
 
 
 HEADER_BYTES = 4096  # most JPEGs' headers end within
+MAX_IMAGE_PIXELS = 89_478_485  # 268 MB as RGB; PIL warns from here on
+MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each scan is a pass over all pixels
+MAX_JPEG_SEGMENTS = 64  # headers that are looked at before a JPEG's scans are counted instead
+FORMATS = ("JPEG", "PNG", "WEBP")
+Image.MAX_IMAGE_PIXELS = None  # `decode` has a limit of its own, which is an option
 
 
-def decode(data: bytes | memoryview, where: str) -> np.ndarray:
+def decode(data: bytes | memoryview, where: str, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decodes a JPEG, PNG or WebP file, upright by its EXIF orientation; transparency is dropped.
 
     Returns uint8 RGB, (height, width, 3), writable.
 
     Raises:
-        UserError: the bytes are no image, a broken one, or one of more than PIL's limit of 89 million pixels (268 MB
-            here, and far more than a photograph in a data set has); `where` names the sample.
+        UserError: the bytes are no image, a broken one, one of more than `max_pixels`, or a JPEG of too many scans. The
+            header says so: no memory is taken for the pixels. `where` names the sample.
         MemoryError: the host has no memory for the pixels; the sample may be a good one.
     """
-    pixels = _decode_jpeg(data)
+    if data[:2] == b"\xff\xd8" and not _has_one_scan(data):
+        scans = bytes(data).count(b"\xff\xda")
+        if scans > MAX_JPEG_SCANS:
+            raise UserError(
+                f"{where}: can't be decoded: a JPEG of {scans} scans, expected at most {MAX_JPEG_SCANS}; mend or remove"
+                " the sample"
+            )
+    pixels = _decode_jpeg(data, max_pixels)
     if pixels is not None and not _has_orientation(data):
         return pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on broken metadata, which don't concern the pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Opening reads the header only, so too many pixels are refused before memory is taken for them.
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
+                if image.width * image.height > max_pixels:
+                    raise ValueError(
+                        f"{image.width} x {image.height} pixels, expected at most {max_pixels} in all (set"
+                        " data.read.max_image_pixels, or --max-image-pixels of shards, if the image is meant)"
+                    )
                 if pixels is None:
                     pixels = _decode_any(image)
                 turn = UPRIGHT.get(_orientation(image))
@@ -52,11 +66,37 @@ def decode(data: bytes | memoryview, where: str) -> np.ndarray:
         raise UserError(f"{where}: can't be decoded: {reason}; mend or remove the sample") from None
 
 
-def _decode_jpeg(data: bytes | memoryview) -> np.ndarray | None:
+def is_image(data: bytes | memoryview) -> bool:
+    """Whether a file begins as a JPEG, PNG or WebP does."""
+    start = bytes(data[:12])
+    return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+
+
+def _has_one_scan(jpeg: bytes | memoryview) -> bool:
+    """Whether libjpeg reads one scan only: the file is sequential, and its first scan has all colour components."""
+    position, components = 2, 0
+    try:
+        for _ in range(MAX_JPEG_SEGMENTS):
+            marker, kind = jpeg[position], jpeg[position + 1]
+            if marker != 0xFF:
+                return False
+            if kind == 0xDA:
+                return jpeg[position + 4] == components
+            if kind in (0xC0, 0xC1):
+                components = jpeg[position + 9]
+            elif not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):  # tables, comments, applications' data
+                return False
+            position += 2 + (jpeg[position + 2] << 8 | jpeg[position + 3])
+    except IndexError:
+        pass
+    return False
+
+
+def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> np.ndarray | None:
     """PIL's very pixels, sooner. None for what PIL has to judge: other formats, damaged, huge or CMYK files."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or colours in ("CMYK", "YCCK"):
+        if height * width > max_pixels or colours in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError as error:

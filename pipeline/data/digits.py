@@ -35,7 +35,8 @@ def write_digits(folder: str) -> None:
         for split, shards in splits.items():
             for number, members in enumerate(shards):
                 url = f"{folder}/{split}-{number:03d}.tar"
-                with webdataset.TarWriter(url + ".part", mtime=0) as writer:
+                shard = io.BytesIO()
+                with webdataset.TarWriter(shard, mtime=0) as writer:
                     for member in members:
                         png = io.BytesIO()
                         Image.fromarray((scans[member].reshape(8, 8) * 255 / 16).round().astype(np.uint8)).save(
@@ -43,7 +44,7 @@ def write_digits(folder: str) -> None:
                         )
                         label = str(labels[member]).encode()
                         writer.write({"__key__": f"{member:04d}", "png": png.getvalue(), "cls": label})
-                os.replace(url + ".part", url)
+                write_file(url, shard.getvalue())
                 urls.append(url)
         write_file(f"{folder}/classes.json", json.dumps([str(digit) for digit in range(10)]).encode())
         write_index(urls)

@@ -22,13 +22,17 @@ import numpy as np
 
 from pipeline.data.parallel import in_processes
 from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe
-from pipeline.data.tar import RECORD, UNLABELLED, Scan, scan_shard
-from pipeline.errors import UserError
+from pipeline.data.tar import MAX_LABEL, MAX_SAMPLE_BYTES, RECORD, UNLABELLED, Scan, scan_shard
+from pipeline.errors import UserError, shorten
+from pipeline.files import is_partial_of, write_durably
 from pipeline.lease import Lease, acquire
+from pipeline.parsing import MAX_JSON_BYTES, check_size, check_size_of, parse_json, read_small
 
 FORMAT = 3
 BLOCK = 4096  # records that are read, and checked, together
 INDEX_COMMAND = "python -m pipeline.shards index"
+MAX_INDEX_BYTES = 128 << 20  # of index.json: about 400,000 shards
+MEMBER_BYTES = 512  # the least that a sample takes in a tar
 LEASE_WAIT_SECONDS = 120.0  # for another process that writes the same index, which takes seconds
 Rows = dict[str, tuple[dict[str, Any], np.ndarray]]  # of index.json by the shards' names, with their records
 
@@ -169,9 +173,10 @@ def write_index(
             merged = {home: _merged(home, named, limits, beside=folder is None) for home, named in tables.items()}
             for home, shards in merged.items():
                 _cross_check(home, {name: row["samples"] for name, (row, _) in shards.items()})
-            for lease in leases:
+            for home, lease in zip(sorted(tables), leases, strict=True):
                 if lease is not None:
                     lease.check()
+                    remove_partials(home, r"index\.(json|bin)")
             for home, shards in merged.items():
                 _write_table(home, shards)
     except OSError as error:
@@ -259,11 +264,12 @@ def _cross_check(home: str, counts: dict[str, int]) -> None:
     claims: dict[str, dict[str, int]] = {}
     for source, counts_in in (("sizes.json", _open_clip_counts), ("_info.json", _timm_counts)):
         try:
-            with fsspec.open(f"{home}/{source}", "rb") as file:
-                claims[source] = counts_in(json.load(file))
+            claims[source] = counts_in(parse_json(_read_all(f"{home}/{source}", Source())))
         except FileNotFoundError:
             pass
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise UserError(f"{home}/{source}: no readable sample counts; mend or remove it") from None
     for source, claimed in claims.items():
         for name, count in claimed.items():
@@ -286,30 +292,22 @@ def _timm_counts(content: Any) -> dict[str, int]:
     }
 
 
+def remove_partials(folder: str, final: str) -> None:
+    """Removes what killed processes have left of local files (a regular expression), which nobody writes now."""
+    for name in os.listdir(folder):
+        if is_partial_of(name, final):
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, name))
+
+
 def write_file(url: str, data: bytes) -> None:
     """Writes so that nobody reads half a file: a local one is renamed when it is whole, an object appears then."""
     if not is_local(url):
         filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.pipe_file(path, data)
         return
-    folder = os.path.dirname(url) or "."
-    os.makedirs(folder, exist_ok=True)
-    with open(url + ".part", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(url + ".part", url)
-    sync_folder(folder)
-
-
-def sync_folder(folder: str) -> None:
-    """Makes renames in a local folder last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems can't, and don't need it
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.makedirs(os.path.dirname(url) or ".", exist_ok=True)
+    write_durably(url, data)
 
 
 def load_index(
@@ -383,32 +381,65 @@ def _read_table(home: str, source: Source) -> dict[str, dict]:
         FileNotFoundError: there is none.
     """
     path = f"{home}/index.json"
+    problem = "its content does not match its checksum"
     try:
-        content = json.loads(_read_all(path, source))
+        content = parse_json(_read_all(path, source, MAX_INDEX_BYTES), MAX_INDEX_BYTES)
         found, table = content["format"], content["shards"]
         if found == FORMAT and content["check"] == _check_of(table):
-            return {row["name"]: row for row in table}
+            wrong = next(filter(None, map(_wrong_in, table)), None)
+            if wrong is None:
+                return {row["name"]: row for row in table}
+            problem = wrong
     except FileNotFoundError:
         raise FileNotFoundError(path) from None
-    except (ValueError, KeyError, TypeError):
+    except UserError:
+        raise
+    except (KeyError, TypeError, RecursionError):
         found = FORMAT
+    except ValueError as error:
+        found, problem = FORMAT, str(error)
     if found != FORMAT:
-        raise UserError(f"{path}: written in format {found}, expected {FORMAT}; {_rewrite(home)}")
-    raise UserError(f"{path}: damaged: its content does not match its checksum; {_rewrite(home)}")
+        raise UserError(f"{path}: written in format {shorten(found)}, expected {FORMAT}; {_rewrite(home)}")
+    raise UserError(f"{path}: damaged: {problem}; {_rewrite(home)}")
 
 
-def _read_all(path: str, source: Source) -> bytes:
-    """Raises FileNotFoundError where there is no such file."""
+def _wrong_in(row: dict[str, Any]) -> str | None:
+    """What in a row of index.json no index of ours has. Its checksum is no proof: anyone can compute one."""
+    name, nbytes, samples, checks = row["name"], row["nbytes"], row["samples"], row["checks"]
+    numbers = [nbytes, samples, row["first_record"], row["bad"], *row["labels"], *checks]
+    if type(name) is not str or any(type(number) is not int for number in numbers):
+        return f"a shard's row is not as expected: {shorten(row, 200)}"
+    low, high = row["labels"]
+    # So many samples need so many bytes: counts that would take all memory show before it is taken.
+    fits = 0 <= nbytes < 1 << 62 and 0 <= samples <= nbytes // MEMBER_BYTES and 0 <= row["bad"] <= samples
+    fits = fits and UNLABELLED <= low <= high <= MAX_LABEL and 0 <= row["first_record"] < 1 << 56
+    if not fits or len(checks) != blocks_of(samples) or not all(0 <= check < 1 << 32 for check in checks):
+        return f"impossible numbers for {shorten(name)}: {shorten({**row, 'checks': len(checks)}, 200)}"
+    return None
+
+
+def _read_all(path: str, source: Source, most: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it has more than `most` bytes.
+        UserError: it can't be read.
+    """
     if is_http(path):
         try:
-            return source.read(path, 0, source.size(path))
+            nbytes = source.size(path)
+            check_size(nbytes, most)
+            return source.read(path, 0, nbytes)
         except UserError as error:
             if "not found" in str(error):
                 raise FileNotFoundError(path) from None
             raise
     try:
+        if is_local(path):
+            return read_small(path, most)
         with fsspec.open(path, "rb") as file:
-            return file.read()
+            return check_size_of(file.read(most + 1), most)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -439,7 +470,25 @@ def load_records(shard: Shard, read: Read | None = None, block: int | None = Non
                 f" {(shard.first_record + number * BLOCK) * size + len(part)}: the records of {shard.url} don't match"
                 f" their checksum in index.json; {_rewrite(shard.index)}"
             )
-    return np.frombuffer(data, dtype=RECORD)
+    records = np.frombuffer(data, dtype=RECORD)
+    _check_records(path, shard, records, begin)
+    return records
+
+
+def _check_records(path: str, shard: Shard, records: np.ndarray, first: int) -> None:
+    """Raises UserError where samples don't lie in their shard, one after the other, or are larger than one may be."""
+    offsets, nbytes = records["offset"], records["nbytes"]
+    outside = (offsets > shard.nbytes) | (nbytes > shard.nbytes - np.minimum(offsets, shard.nbytes))
+    wrong = outside | (nbytes > MAX_SAMPLE_BYTES) | (records["label"] < UNLABELLED) | (records["label"] > MAX_LABEL)
+    wrong[1:] |= offsets[1:] < offsets[:-1] + nbytes[:-1]
+    if wrong.any():
+        place = int(wrong.argmax())
+        row = records[place]
+        raise UserError(
+            f"{path}: damaged: record {first + place} of {shard.url} has {row['nbytes']} bytes at byte {row['offset']}"
+            f" and label {row['label']}; expected at most {MAX_SAMPLE_BYTES} bytes, behind the sample before it and"
+            f" within the shard's {shard.nbytes} bytes; {_rewrite(shard.index)}"
+        )
 
 
 def read_classes(urls: str | Sequence[str], source: Source | None = None) -> list[str] | None:
@@ -449,11 +498,13 @@ def read_classes(urls: str | Sequence[str], source: Source | None = None) -> lis
         return None
     path = f"{os.path.dirname(first) or '.'}/classes.json"
     try:
-        classes = json.loads(_read_all(path, source or Source()))
+        classes = parse_json(_read_all(path, source or Source()))
     except FileNotFoundError:
         return None
-    except ValueError:
-        classes = None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: expected a JSON list with the name of each class: {error}") from None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{path}: expected a JSON list with the name of each class")
     return classes

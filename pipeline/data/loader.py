@@ -7,6 +7,7 @@ rank joins the parts. So a batch is the same for any number of workers.
 import contextlib
 import ctypes
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,10 @@ class DataConfig:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, found {getattr(self, name)}")
+        for name, urls in (("train", self.train), ("val", self.val), ("index", (self.index or "",))):
+            for url in urls:
+                if re.search(r"(^|::)reference:", url):  # fsspec fills in Jinja templates that lie there
+                    raise ValueError(f"{name}: {url}: reference file systems are not read; name the shards themselves")
         if self.prepare not in (None, "digits"):
             raise ValueError(f"prepare: unknown data set {self.prepare!r}; known is digits")
         if self.lanes is not None and (self.lanes < 1 or self.global_batch_size % self.lanes):
@@ -263,7 +268,7 @@ class Reader:
         """Pixels (H, W, 3), or None for a bad sample, which then says why."""
         if sample.bad is None:
             try:
-                return decode(sample.image, sample.where)
+                return decode(sample.image, sample.where, self.stream.limits.max_image_pixels)
             except UserError as error:
                 sample.bad = str(error).removeprefix(f"{sample.where}: ")
         return None

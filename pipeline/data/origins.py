@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from pipeline.data.index import INDEX_COMMAND, load_index, load_records, read_cl
 from pipeline.data.source import Source
 from pipeline.data.tar import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, RECORD, sample_digest, strict_samples
 from pipeline.errors import UserError
+from pipeline.parsing import check_size, open_regular
 
 
 class Origin(Protocol):
@@ -80,10 +82,13 @@ class Files:
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         path = self.place(number)
         try:
-            with open(path, "rb") as file:
-                image = file.read()
+            with open_regular(path) as file:
+                check_size(os.fstat(file.fileno()).st_size, MAX_SAMPLE_BYTES)
+                image = file.read(MAX_SAMPLE_BYTES)
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
         return self.paths[number], {suffix_of(path): image, "cls": str(self.labels[number]).encode()}
 
 
@@ -184,7 +189,11 @@ def read_shards(urls: Sequence[str]) -> tuple[Samples, list[str] | None]:
 
 
 def read_folder(root: str, known: list[str] | None, rejects: Rejects) -> tuple[Files, list[str]]:
-    """One sub-folder a class, with images at any depth. Hidden files are left out."""
+    """One sub-folder a class, with images at any depth. Hidden files are left out.
+
+    Links are followed within the folder only: one in a stranger's archive may lead to any file of the user's.
+    """
+    real_root = os.path.realpath(root)
     entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     names = [name for name in entries if os.path.isdir(os.path.join(root, name))]
     classes = known or names
@@ -196,13 +205,46 @@ def read_folder(root: str, known: list[str] | None, rejects: Rejects) -> tuple[F
             continue
         label = class_number(name, classes, os.path.join(root, name))
         before = len(rows)
-        for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
-            folders.sort()
-            inside = os.path.relpath(folder, root)
-            rows += [(os.path.join(inside, file), label) for file in sorted(files) if not file.startswith(".")]
-        if len(rows) == before:
+        rejected = len(rejects.rows)
+        rows += [(path, label) for path in files_below(root, name, real_root, rejects)]
+        if len(rows) == before and len(rejects.rows) == rejected:
             raise UserError(f"{os.path.join(root, name)}: no images in this class; remove the folder")
     return checked_files(root, rows, rejects), classes
+
+
+def files_below(root: str, name: str, real_root: str, rejects: Rejects) -> Iterator[str]:
+    """The files in a folder of `root` at any depth, relative to `root`. Each folder is entered once."""
+    entered: set[str] = set()
+    waiting = [name]
+    while waiting:
+        inside = waiting.pop()
+        path = os.path.join(root, inside)
+        real = os.path.realpath(path)
+        if not is_below(real, real_root):
+            rejects.add(path, LEAVES.format(real))
+        elif real in entered:
+            rejects.add(path, "a link to a folder that its class has already; remove it")
+        else:
+            entered.add(real)
+            folders = []
+            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+                child = os.path.join(inside, entry.name)
+                if entry.is_dir():
+                    folders.append(child)
+                elif entry.name.startswith("."):
+                    continue
+                elif entry.is_symlink() and not is_below(real := os.path.realpath(entry.path), real_root):
+                    rejects.add(entry.path, LEAVES.format(real))
+                else:
+                    yield child
+            waiting += reversed(folders)
+
+
+LEAVES = "a link to {}, outside of the folder; copy it there, or name the files in a .csv list"
+
+
+def is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([path, root]) == root
 
 
 def read_list(
@@ -283,11 +325,16 @@ def checked_files(root: str, rows: list[tuple[str, int]], rejects: Rejects) -> F
             rejects.add(whole, f"expected an ending among {', '.join(IMAGE_SUFFIXES)}; convert or remove it")
             continue
         try:
-            size = os.stat(whole).st_size
-        except OSError as error:
-            rejects.add(whole, str(error.strerror))
+            found = os.stat(whole)
+        except (OSError, ValueError) as error:  # the latter: a zero byte in the path
+            rejects.add(whole, getattr(error, "strerror", None) or str(error))
             continue
-        if size:
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            rejects.add(whole, "not a regular file; remove it")
+        elif size > MAX_SAMPLE_BYTES:
+            rejects.add(whole, f"larger than {MAX_SAMPLE_BYTES} bytes")
+        elif size:
             kept.append((path, label, size))
         else:
             rejects.add(whole, "empty file; restore or remove it")

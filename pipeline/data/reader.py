@@ -29,6 +29,7 @@ from pipeline.data.tar import (
 from pipeline.errors import UserError, is_out_of_memory
 
 CACHED_BLOCKS = 256
+MAX_GAP_BYTES = 64 << 20  # between a window's samples; where other members take more, each sample is read alone
 
 
 @dataclass(slots=True)
@@ -146,8 +147,9 @@ class OrderedSamples:
         rows = self._records(piece.shard, shard, piece.begin, piece.end, read)
         start = int(rows["offset"][0])
         nbytes = int(rows["offset"][-1]) + int(rows["nbytes"][-1]) - start
-        if not rows["nbytes"].all():
-            return piece, shard, rows, b""
+        together = int(rows["nbytes"].sum(dtype=np.int64))
+        if not rows["nbytes"].all() or not together <= nbytes <= together + MAX_GAP_BYTES:
+            return piece, shard, rows, b""  # each on its own
         try:
             return piece, shard, rows, read(shard.url, start, nbytes)
         except UserError as error:

@@ -9,6 +9,7 @@ import os
 import random
 import select
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -39,9 +40,14 @@ class Refused(Exception):
 class ReadConfig:
     timeout_seconds: float = option(30.0, "longest silence of a source before the read is tried again", may_change=True)
     deadline_seconds: float = option(300.0, "longest time for one read with all its repetitions", may_change=True)
-    allow_pipe: bool = option(False, "run the commands of `pipe:` URLs (a shell, with your rights)", may_change=True)
+    allow_pipe: bool = option(
+        False, "run the commands of `pipe:` URLs (a shell, with your rights); never from a file", may_change=True
+    )
     allow_missing_end: bool = option(
         False, "accept tars that end without two blocks of zeros, but not inside a member", may_change=True
+    )
+    max_image_pixels: int = option(
+        89_478_485, "an image of more pixels is a bad sample; each takes 3 bytes in memory", may_change=True
     )
     threads: int = option(4, "reads that a worker has in flight, ahead of what it decodes", may_change=True)
 
@@ -49,8 +55,9 @@ class ReadConfig:
         for name in ("timeout_seconds", "deadline_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: must be positive, found {getattr(self, name)}")
-        if self.threads < 1:
-            raise ValueError(f"threads: must be at least 1, found {self.threads}")
+        for name in ("threads", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass
@@ -75,7 +82,9 @@ class Source:
 
         def ask() -> int:
             if is_local(url):
-                return os.path.getsize(url)
+                found = os.stat(url)
+                check_kind(found.st_mode)
+                return found.st_size
             if is_http(url):
                 return http_size(url, self.limits.timeout_seconds)
             filesystem, path = fsspec.core.url_to_fs(url)
@@ -93,8 +102,11 @@ class Source:
 
         def go_on() -> bytes:
             if is_local(url):  # in one piece, without copies; after each system call the thread has to wait its turn
-                file = os.open(url, os.O_RDONLY)
+                file = open_local(url)
                 try:
+                    size = os.fstat(file).st_size
+                    if size < start + nbytes:  # before memory is taken for it
+                        raise Refused(f"truncated at byte {size} (expected {start + nbytes})")
                     whole = os.pread(file, nbytes, start)
                     while len(whole) < nbytes and (more := os.pread(file, nbytes - len(whole), start + len(whole))):
                         whole += more  # one call gives 2 GB at most
@@ -124,15 +136,17 @@ class Source:
         """
         if not is_local(url) or not hasattr(os, "RWF_NOWAIT"):
             raise BlockingIOError
-        data = bytearray(nbytes)
         with self._shown(f"{url} from byte {start}"):  # a network's file system may wait for its server
             try:
-                file = os.open(url, os.O_RDONLY)
+                file = open_local(url)
                 try:
+                    if os.fstat(file).st_size < start + nbytes:
+                        raise BlockingIOError
+                    data = bytearray(nbytes)
                     found = os.preadv(file, [data], start, os.RWF_NOWAIT)
                 finally:
                     os.close(file)
-            except OSError:  # also a file system that does not know the flag; `read` says what is wrong, if anything is
+            except (OSError, Refused):  # or a file system that does not know the flag; `read` says what is wrong
                 raise BlockingIOError from None
         if found < nbytes:
             raise BlockingIOError
@@ -236,11 +250,34 @@ class Source:
         """The shell command of a `pipe:` URL.
 
         Raises:
-            UserError: the config does not allow it.
+            UserError: the user has not allowed it.
         """
         if not self.limits.allow_pipe:
-            raise UserError(f"{url}: this is a shell command; set data.read.allow_pipe=true to let it run")
+            raise UserError(
+                f"{url}: this is a shell command; to run it, set data.read.allow_pipe=true on the command line"
+            )
         return url.removeprefix("pipe:")
+
+
+def open_local(path: str) -> int:
+    """A descriptor of a local file, to read from.
+
+    Raises:
+        OSError: it can't be opened.
+        Refused: it is a device, a named pipe or the like, on which a read might never end.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a named pipe would wait for its writer
+    try:
+        check_kind(os.fstat(file).st_mode)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def check_kind(mode: int) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a folder fails by itself
+        raise Refused("not a regular file")
 
 
 def write_board(board: np.ndarray, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.archive import Archive
-from pipeline.data.decode import decode
+from pipeline.data.decode import MAX_IMAGE_PIXELS, decode
 from pipeline.data.index import INDEX_COMMAND, Shard, load_index, load_records, read_classes
 from pipeline.data.origins import parse_run
 from pipeline.data.parallel import check_stop, in_processes
@@ -51,6 +51,7 @@ def verify_shards(
     progress: Any = None,
     index: str | None = None,
     allow_missing_end: bool = False,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict[str, Any]:
     """Everything that is bad, and a summary: "bad", "duplicate_keys", "shards", "samples", "labels", "sizes".
 
@@ -64,7 +65,7 @@ def verify_shards(
     classes = read_classes(urls)
     if progress is not None:
         progress.reset(total=sum(shard.samples for shard in shards))
-    tasks = [(shard, len(classes) if classes else None, allow_missing_end) for shard in shards]
+    tasks = [(shard, len(classes) if classes else None, allow_missing_end, max_image_pixels) for shard in shards]
     reports: dict[str, ShardReport] = {}
     with contextlib.closing(in_processes(verify_shard, tasks, processes)) as results:
         for report in results:
@@ -104,7 +105,9 @@ def duplicate_keys(reports: list[ShardReport]) -> list[dict[str, Any]]:
     return [{"key": key, "shards": urls} for key, urls in places.items()]
 
 
-def verify_shard(shard: Shard, classes: int | None, allow_missing_end: bool) -> ShardReport:
+def verify_shard(
+    shard: Shard, classes: int | None, allow_missing_end: bool, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> ShardReport:
     """Checks each sample by itself, so that one bad sample hides no other, then all bytes that belong to none.
 
     `classes` is the number of class names.
@@ -135,7 +138,7 @@ def verify_shard(shard: Shard, classes: int | None, allow_missing_end: bool) -> 
             continue
         report.keys.append(key)
         try:
-            check_sample(samples[0], record, classes, report)
+            check_sample(samples[0], record, classes, report, max_image_pixels)
         except UserError as error:
             report.add(key, str(error))
     check_rest(source, shard, records, nbytes, report)
@@ -145,14 +148,16 @@ def verify_shard(shard: Shard, classes: int | None, allow_missing_end: bool) -> 
     return report
 
 
-def check_sample(sample: dict[str, Any], record: Any, classes: int | None, report: ShardReport) -> None:
+def check_sample(
+    sample: dict[str, Any], record: Any, classes: int | None, report: ShardReport, max_image_pixels: int
+) -> None:
     where = f"{report.shard.url}: sample {sample['__key__']}"
     if leaves_folder(sample["__key__"]):
         raise UserError("its name leaves the shard's folder")
     encoded = next((sample[s] for s in IMAGE_SUFFIXES if s in sample), None)
     if encoded is None:
         raise UserError(f"no image among its members; expected one of {', '.join(IMAGE_SUFFIXES)}")
-    image = decode(encoded, where)  # (H, W, 3)
+    image = decode(encoded, where, max_image_pixels)  # (H, W, 3)
     label = label_of(sample, where)
     if label != int(record["label"]):
         raise UserError(f"label {label}, the index says {record['label']}")

@@ -19,15 +19,17 @@ import numpy as np
 import numpy.random  # otherwise loaded at first use, which can swallow a Ctrl-C
 from PIL import Image
 
-from pipeline.data.decode import decode
-from pipeline.data.index import read_classes, write_file
+from pipeline.data.decode import MAX_IMAGE_PIXELS, decode, is_image
+from pipeline.data.index import read_classes, remove_partials, write_file
 from pipeline.data.order import random_order
 from pipeline.data.origins import Origin, Rejects, open_origin
 from pipeline.data.parallel import check_stop, in_processes
 from pipeline.data.tar import IMAGE_SUFFIXES
 from pipeline.errors import UserError
+from pipeline.files import new_file, partial_path
 from pipeline.lease import Lease, acquire
 from pipeline.options import option
+from pipeline.parsing import parse_json, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,9 @@ class WriteConfig:
     json: bool = option(False, 'add a member json with {"source": ...}')
     check: bool = option(False, "decode every image (--resize does so anyway)")
     skip_bad: bool = option(False, "leave bad samples out and list them in PREFIX-skipped.jsonl")
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS, "with --check or --resize: an image of more pixels is bad", may_change=True
+    )
     path_column: str = option("path", "column of a list with the image files, relative to the list")
     label_column: str = option("label", "column of a list with the class: names, or whole numbers")
     processes: int | None = option(None, "processes that write; by default the number of cores", may_change=True)
@@ -49,7 +54,9 @@ class WriteConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.prefix):
             raise UserError(f"--prefix: expected letters, digits, - and _, found {self.prefix!r}")
-        for name, most in (("samples_per_shard", None), ("resize", None), ("quality", 100)):
+        for name, most in (
+            ("samples_per_shard", None), ("resize", None), ("max_image_pixels", None), ("quality", 100)
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 1 <= value <= (most or value):
                 raise UserError(f"{flag(name)}: expected {f'1 to {most}' if most else 'at least 1'}, found {value}")
@@ -150,15 +157,9 @@ def _write_claimed(
                 if progress is not None:
                     progress.update(count)
     finally:
-        remove_parts(folder, config.prefix)  # of this start, and of one that was killed
+        # Of this start, and of one that was killed.
+        remove_partials(folder, rf"{re.escape(config.prefix)}-(\d{{6,}}\.tar|plan\.json|skipped\.jsonl)")
     return Written(shards, len(skipped.lines))
-
-
-def remove_parts(folder: str, prefix: str) -> None:
-    mine = re.compile(rf"{re.escape(prefix)}-\d{{6,}}\.tar\.\d+\.part")
-    for name in os.listdir(folder):
-        if mine.fullmatch(name):
-            os.remove(os.path.join(folder, name))
 
 
 def claim_folder(folder: str, config: WriteConfig, identity: str) -> None:
@@ -172,8 +173,7 @@ def claim_folder(folder: str, config: WriteConfig, identity: str) -> None:
     plan["source"] = identity
     if os.path.exists(path):
         try:
-            with open(path) as file:
-                there = json.load(file)
+            there = read_json(path)
             differing = [f"{flag(k)}: there {there[k]}, now {v}" for k, v in plan.items() if there[k] != v]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not a readable plan; write to an empty folder") from None
@@ -212,7 +212,8 @@ def refuse_foreign_files(folder: str, prefix: str) -> None:
     plans = tuple(name.removesuffix("plan.json") for name in names if name.endswith("-plan.json"))
     prefixes = "|".join(map(re.escape, plans)) or "$"
     ours = re.compile(
-        rf"classes\.json.*|index\..*|.*-plan\.json\.part|({prefixes}).*|\.(index|classes|write-.*)\.(lease|time).*"
+        rf"classes\.json.*|index\..*|({prefixes}).*|\.(index|classes|write-.*)\.(lease|time).*"
+        rf"|\.(classes\.json|index\.(json|bin)|.*-plan\.json|({prefixes}).*)\.[0-9a-f]+\.part"
     )
     others = sorted(name for name in names if not ours.fullmatch(name))
     if others:
@@ -249,8 +250,8 @@ def write_shard(shard: str, first: int, source: Origin, config: WriteConfig) -> 
 
     rejects = Rejects(config.skip_bad)
     count = len(source.sizes)
-    part = f"{shard}.{os.getpid()}.part"
-    with open(part, "wb") as file:
+    part = partial_path(shard)
+    with open(part, "wb", opener=new_file) as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
             for number in range(count):
                 check_stop()
@@ -271,16 +272,18 @@ def write_shard(shard: str, first: int, source: Origin, config: WriteConfig) -> 
 def prepare(source: Origin, number: int, config: WriteConfig) -> dict[str, bytes]:
     """The members of one sample as they are written."""
     name, sample = source.read(number)
+    suffix = next((s for s in IMAGE_SUFFIXES if s in sample), None)
+    if suffix is None or not is_image(sample[suffix]):  # else a list could pack any file of the user's
+        raise UserError(f"{source.place(number)}: can't be decoded: no image (JPEG, PNG or WebP); mend or remove it")
     if config.check or config.resize:
-        suffix = next(s for s in IMAGE_SUFFIXES if s in sample)
-        image = decode(sample[suffix], source.place(number))  # (H, W, 3)
+        image = decode(sample[suffix], source.place(number), config.max_image_pixels)  # (H, W, 3)
         if config.resize and min(image.shape[:2]) > config.resize:
             del sample[suffix]
             sample["jpg"] = resized_jpeg(image, config.resize, config.quality)
     if config.json:
         try:
-            sample["json"] = json.dumps({"source": name, **json.loads(sample.get("json", b"{}"))}).encode()
-        except (ValueError, TypeError):
+            sample["json"] = json.dumps({"source": name, **parse_json(sample.get("json", b"{}"))}).encode()
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{source.place(number)}: its member json is no JSON object") from None
     return sample
 

@@ -5,6 +5,7 @@ with what it held then, and removes what came later, since the steps after the c
 """
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import io
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import sync, write_durably
+from pipeline.files import no_link, sync, write_durably
 from pipeline.monitor.sink import Sink
+from pipeline.parsing import read_json
 
 HEALTH = "health.jsonl"
 PATTERNS = ("metrics.jsonl", HEALTH, "quarantine.jsonl", "samples-rank*.jsonl")
@@ -47,7 +49,7 @@ class Lines:
         try:
             if self.pending:
                 self._begin()
-                with open(self.path, "ab", buffering=0) as file:
+                with open(self.path, "ab", buffering=0, opener=no_link) as file:
                     while self.pending:
                         count = file.write(self.pending) or 0
                         self._took(self.pending[:count])
@@ -124,8 +126,11 @@ def restore_logs(
     longer holds for it.
 
     Raises:
-        UserError: a log is damaged; then nothing has been changed.
+        UserError: a log is damaged, or the checkpoint names a file that is no log; then nothing has been changed.
     """
+    for name in known:  # a stranger's checkpoint may name any path
+        if os.path.basename(name) != name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS):
+            raise UserError(f"{folder}: its checkpoint of step {step} names {name!r} as a log; name another run.dir")
     paths = {path for pattern in PATTERNS for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
     names = sorted({os.path.basename(path) for path in paths} | set(known))
     record = os.path.join(folder, RESTARTED)
@@ -181,8 +186,7 @@ def _check(path: str, state: dict[str, Any], step: int) -> None:
 
 def _read_restarted(path: str) -> dict[str, int]:
     try:
-        with open(path) as file:
-            found = json.load(file)
+        found = read_json(path)
     except FileNotFoundError:
         return {}
     except ValueError:

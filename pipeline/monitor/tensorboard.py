@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.files import new_file, partial_path
 from pipeline.monitor.sink import Sink
 
 SPEED = ("images_per_second", "data_wait_fraction", "mfu", "slowest_rank", "slowest_rank_ratio",
@@ -82,9 +83,9 @@ class TensorBoard(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         os.makedirs(self.path, exist_ok=True)
-        probe = os.path.join(self.path, ".probe")  # SummaryWriter would print a traceback for each try
+        probe = partial_path(os.path.join(self.path, "probe"))  # SummaryWriter would print a traceback for each try
         try:
-            with open(probe, "wb") as file:
+            with open(probe, "wb", opener=new_file) as file:
                 file.write(bytes(PROBE_BYTES))
         finally:
             with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -305,21 +306,27 @@ def test_a_killed_drill_takes_its_job_along(digits, run, tmp_path):
 
 def test_ranks_in_preflight_end_with_their_launcher(digits, run):
     """While they wait for storage."""
-    words = [*CONFIG, *TINY, f"data.train=pipe:sleep 100; cat {digits}/train-{{000..003}}.tar", "data.val=null"]
-    words += ["data.read.allow_pipe=true", "data.resampled=true", "run.epochs=null", LONG, f"run.dir={run.path}"]
-    process = start(*words, launcher=two_ranks(), script="launch/start.py", environ=run.environ)
-    run.processes.append(process)
-    until(lambda: ["sleep", "100"] in map(words_of, marked(run.mark)) or process.poll() is not None, 100, 0.1)
-    assert process.poll() is None, process.stdout.read()
-    process.kill()
-    run.all_gone()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        silent.settimeout(100)
+        words = [*CONFIG, *TINY, f"data.train=http://127.0.0.1:{silent.getsockname()[1]}/train.tar", "data.val=null"]
+        words += ["data.resampled=true", "run.epochs=null", LONG, f"run.dir={run.path}"]
+        process = start(*words, launcher=two_ranks(), script="launch/start.py", environ=run.environ)
+        run.processes.append(process)
+        connection, _ = silent.accept()
+        assert process.poll() is None, process.stdout.read()
+        process.kill()
+        run.all_gone()
+        connection.close()
 
 
 def test_evaluate_ends_whatever_fails(digits, run):
     run.finish(2, *data(digits))
 
     def evaluate(*words):
-        command = [sys.executable, "-m", "pipeline.evaluate", str(run.path), "--workers", "2", *words]
+        config = ["--config", str(run.path / "config.yaml")]
+        command = [sys.executable, "-m", "pipeline.evaluate", str(run.path), *config, "--workers", "2", *words]
         done = subprocess.run(
             command, cwd=ROOT, env=environment(run.environ), timeout=60, capture_output=True, text=True
         )  # fmt: skip

@@ -212,12 +212,12 @@ LONG = ["--samples-per-shard", 60, "--processes", 2, "--resize", 200, "--skip-ba
 
 @pytest.fixture(scope="session")
 def many(photos, tmp_path_factory):
-    """900 links to the larger photographs, and one file that is no image: writing them takes seconds."""
+    """900 hard links to the larger photographs, and one file that is no image: writing them takes seconds."""
     folder = tmp_path_factory.mktemp("many")
     for name in ("china", "flower"):
         (folder / name).mkdir()
         for number in range(450):
-            (folder / name / f"{number:03d}.jpg").symlink_to(photos / name / f"{2 + number % 2}.JPEG")
+            (folder / name / f"{number:03d}.jpg").hardlink_to(photos / name / f"{2 + number % 2}.JPEG")
     (folder / "china/none.jpg").write_bytes(b"no image")
     return folder
 

@@ -42,7 +42,8 @@ def test_a_short_run_leaves_what_the_readme_promises(digits, tmp_path):
     assert code == 2
     assert "holds another run; it differs in model.depth: there 4, now 3" in output
 
-    command = [sys.executable, "-m", "pipeline.evaluate", str(run), "--predictions", str(tmp_path / "p.csv")]
+    command = [sys.executable, "-m", "pipeline.evaluate", str(run), "--config", str(run / "config.yaml")]
+    command += ["--predictions", str(tmp_path / "p.csv")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert "val/count 360" in done.stdout, done.stderr
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 361
