@@ -298,7 +298,8 @@ class _Parser:
                     return int(float(given))
             except (ValueError, OverflowError):
                 pass
-        if type(given) is hint and (hint is not int or abs(given) < 1 << 63):
+        fits = abs(given) < 1 << 63 if type(given) is int else hint is not float  # finite numbers are done
+        if type(given) is hint and fits:
             return given
         names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
         quotes = "; put the text in quotes" if hint is str and isinstance(given, (int, float)) else ""
