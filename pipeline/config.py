@@ -208,7 +208,7 @@ def _expand_model(tree: dict, source: str) -> dict:
     try:
         return {**tree, "model": ViTConfig.expand(tree["model"])}
     except ValueError as error:
-        raise UserError(f"{source}: model.{error}") from None
+        raise UserError(f"{source}: model.{shorten(str(error), 1000, quote=False)}") from None
 
 
 def _merge(base: Any, layer: Any) -> Any:
@@ -252,7 +252,7 @@ class _Parser:
             return cls(**values)
         except ValueError as error:
             first = str(error).partition(":")[0]
-            self.fail(f"{prefix}{first}", str(error).partition(": ")[2])
+            self.fail(f"{prefix}{first}", shorten(str(error).partition(": ")[2], 1000, quote=False))
 
     def plugins(self, package: str, given: Any, key: str) -> Any:
         if isinstance(given, (list, tuple)):
