@@ -35,6 +35,7 @@ from pipeline.files import sync, write_durably
 from pipeline.lease import Lease
 from pipeline.optimizer import EMA
 from pipeline.options import option
+from pipeline.text import screen_output
 
 NAME = re.compile(r"step-(\d{8,})")
 SET_ASIDE = re.compile(r"(damaged|unreadable)-step-(\d{8,})(-\d+)?")
@@ -790,4 +791,5 @@ def _nbytes(path: str) -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

@@ -27,6 +27,7 @@ from pipeline.health import HealthConfig
 from pipeline.optimizer import OptimizerConfig
 from pipeline.options import option
 from pipeline.schedule import ScheduleConfig
+from pipeline.text import masked_tree
 from pipeline.trainer import RunSettings
 from vit.model import ViTConfig
 
@@ -243,7 +244,8 @@ def to_tree(config: Any) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=100)
+    """For readers: secrets in URLs are masked."""
+    return yaml.safe_dump(masked_tree(to_tree(config)), sort_keys=False, default_flow_style=None, width=100)
 
 
 def fixed_options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

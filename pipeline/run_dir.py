@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files import write_durably
 from pipeline.lease import Lease, LeaseLost, acquire, observe
+from pipeline.text import masked_tree, masked_words, shown
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 LEASE = "run"
@@ -58,7 +59,7 @@ class RunDir:
                 f"run.dir={self.path}: can't be written: {error.strerror}; choose another run.dir"
             ) from None
         identity = json.loads(json.dumps(identity))
-        known = self.read("identity.json")
+        known = masked_tree(self.read("identity.json"))  # an earlier version of this program did not mask it
         if known is None:
             if os.listdir(self.checkpoints):
                 raise UserError(f"run.dir={self.path}: holds checkpoints but no identity.json; choose another run.dir")
@@ -141,6 +142,7 @@ class RunDir:
             self.lease.check()
         except LeaseLost:
             return
+        reason = shown(reason)
         if os.path.exists(self.file("exit.json")):
             return
         self.write("exit.json", {"status": status, "step": step, "reason": reason})
@@ -168,7 +170,7 @@ def package_versions() -> dict[str, str]:
 
 def manifest(devices: list[str]) -> dict[str, Any]:
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": [sys.executable, *masked_words(sys.argv)],
         "git": git_revision(),
         "python": platform.python_version(),
         "packages": package_versions(),

@@ -28,6 +28,7 @@ from pipeline.data.tar import IMAGE_SUFFIXES
 from pipeline.errors import UserError
 from pipeline.lease import Lease, acquire
 from pipeline.options import option
+from pipeline.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +258,7 @@ def write_shard(shard: str, first: int, source: Origin, config: WriteConfig) -> 
                 try:
                     sample = prepare(source, number, config)
                 except UserError as error:
-                    place = source.place(number)
+                    place = shown(source.place(number))
                     rejects.add(place, str(error).removeprefix(f"{place}: "))
                     continue
                 writer.write({"__key__": f"{config.prefix}-{first + number:08d}", **sample})
