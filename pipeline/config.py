@@ -82,7 +82,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             tree = yaml.safe_load(file) or {}
         except yaml.YAMLError as error:
-            raise UserError(f"{path}: not readable YAML: {error}") from None
+            raise UserError(f"{path}: not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
     tree = _expand_model(tree, path)

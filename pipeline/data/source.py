@@ -181,7 +181,7 @@ class Source:
                 raise
             except Exception as error:  # each library of fsspec's has its own kinds
                 if getattr(error, "errno", None) == errno.ENOMEM:
-                    raise MemoryError(url) from None
+                    raise MemoryError(shown_url(url)) from None
                 if reached() > before:  # the source gives something: start the back-off anew
                     pause, before = 0.2, reached()
                 if time.monotonic() + pause > end or url in self.given_up:
