@@ -113,6 +113,8 @@ def _request(
                 response.close()
                 raise Refused(f"the server compresses what it sends (Content-Encoding: {encoding[:100]})")
             return response
+        if method == "HEAD" or response.headers.get("Content-Length") == "0":
+            response.release_conn()
         response.close()  # and not drained: its body may never end
         if allowed is None:
             allowed = frozenset({"public", response.place})
