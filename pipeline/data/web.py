@@ -37,6 +37,7 @@ def http_size(url: str, timeout_seconds: float, redirect_hosts: tuple[str, ...] 
     """Bytes of the file. Where HEAD is refused (a URL that is signed for GET only), it asks for one byte."""
     response = _request("HEAD", url, timeout_seconds, {}, redirect_hosts)
     response.release_conn()  # there is no body
+    response.close()  # or the connection would wait for it to be read
     if response.status in (401, 403, 405, 501):
         response = _request("GET", url, timeout_seconds, {"Range": "bytes=0-0"}, redirect_hosts)
         response.close()
