@@ -18,6 +18,7 @@ from pipeline.data.source import Source
 from pipeline.data.tar import grouped
 from pipeline.errors import UserError
 from pipeline.monitor.jsonl import read_lines
+from pipeline.text import printable, shown_url
 
 SIMULATIONS = 200
 
@@ -238,7 +239,7 @@ class Names:
     def __init__(self, index: Index, source: Source):
         self.index, self.source = index, source
         self.counts = index.counts.tolist()
-        self.bases = [os.path.basename(url) for url in index.urls]
+        self.bases = [os.path.basename(shown_url(url)) for url in index.urls]
         self.keys: dict[int, list[str]] = {}
         self.urls: dict[str, int] = {}  # which shard a URL in the log is
 
@@ -248,7 +249,7 @@ class Names:
             self.keys[shard] = shard_keys(self.index.urls[shard], self.source)
         # The second is what a sample is called that could not be read.
         for key in (self.keys[shard][number], f"{number} of {self.counts[shard]}"):
-            end = f"{self.bases[shard]}: sample {key}"
+            end = f"{self.bases[shard]}: sample {printable(key)}"
             folder = logged.removesuffix(end)
             if len(folder) < len(logged) and folder[-1:] in ("", "/"):
                 return self.urls.setdefault(folder + self.bases[shard], shard) == shard

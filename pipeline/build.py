@@ -31,6 +31,7 @@ from pipeline.optimizer import build_optimizer
 from pipeline.run_dir import RunDir
 from pipeline.runtime import Ranks, StopSignal, Vote, be_deterministic, read_rendezvous
 from pipeline.schedule import learning_rate
+from pipeline.text import MASK, masked_tree
 from pipeline.trainer import Trainer, is_complete
 from pipeline.watchdog import Watchdog
 from pipeline.weights import fit_weights
@@ -126,8 +127,9 @@ def compile_model(model: ViT, what: str, backend: str = "inductor") -> None:
 def identity(config: RunConfig, index: Index | None) -> dict[str, Any]:
     """What must stay the same through a run's life: all options that may not change, and the data itself."""
     fixed = {key: value for key, value in fixed_options(config) if not key.startswith("monitor")}
+    fixed = masked_tree(fixed)  # URLs that are signed anew name the same data
     if index is None:
-        return {**fixed, "data.train": list(config.data.train)}
+        return {**fixed, "data.train": masked_tree(config.data.train)}
     return {**fixed, "data.train (names, sizes and counts of the shards)": index.identity()}
 
 
@@ -202,7 +204,7 @@ def build(config: RunConfig, ranks: Ranks, stop: StopSignal, run_dir: RunDir) ->
         sinks.sinks = [sink.open(run_dir.path, start_step, total_steps) for sink in config.monitor]
         sinks.text("config", to_yaml(config))
     peak = peak_flops(torch.cuda.get_device_name()) if engine.device.type == "cuda" else None
-    named = {"config": to_tree(config), "classes": classes}
+    named = {"config": masked_tree(to_tree(config)), "classes": classes}
     saver = checkpoint.Saver(config.checkpoint, store, engine, named, run_dir.lease)
     interval = facts.get("interval", {"sums": {}, "grad_norm": None})
     saved = facts.get("health", {"counts": {}, "spikes": None})
@@ -407,6 +409,8 @@ def summary(run: Run, status: str, step: int, command: str) -> str:
         f"  TensorBoard     tensorboard --logdir {path}",
         f"  resume          {command}",
     ]
+    if MASK in command:
+        lines.append(f"                  (put your secrets where {MASK} stands)")
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ from pipeline.lease import Lease
 from pipeline.optimizer import EMA
 from pipeline.options import option
 from pipeline.parsing import NotRegular, check_safetensors, open_regular, read_json
+from pipeline.text import screen_output
 
 NAME = re.compile(r"step-(\d{8,})")
 SET_ASIDE = re.compile(r"(damaged|unreadable)-step-(\d{8,})(-\d+)?")
@@ -885,4 +886,5 @@ def _nbytes(path: str) -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

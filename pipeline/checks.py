@@ -36,6 +36,7 @@ from pipeline.lease import holder_of
 from pipeline.report import GIB, activation_bytes, checkpoint_bytes, state_bytes
 from pipeline.run_dir import LEASE, create_folder, git_revision, package_versions
 from pipeline.runtime import Ranks, local_device
+from pipeline.text import shown_url
 from vit.model import ViT, count_parameters
 
 MIB = 1 << 20
@@ -121,7 +122,7 @@ def look_at_shards(config: RunConfig, ranks: Ranks, deadline: float) -> dict[str
         for url, nbytes, wrong in threads.map(lambda one: read_some(one[0], one[1], config), chosen):
             seen["bytes"] += nbytes
             seen["shards"] += 1
-            if wrong and not any(message.startswith(f"{url}: ") for message in seen["wrong"]):
+            if wrong and not any(message.startswith(f"{shown_url(url)}: ") for message in seen["wrong"]):
                 seen["wrong"].append(wrong)
     seen["seconds"] = time.monotonic() - began
     return seen

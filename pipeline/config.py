@@ -28,6 +28,7 @@ from pipeline.optimizer import OptimizerConfig
 from pipeline.options import option
 from pipeline.parsing import MAX_YAML_BYTES, parse_yaml, read_small
 from pipeline.schedule import ScheduleConfig
+from pipeline.text import masked_tree
 from pipeline.trainer import RunSettings
 from vit.model import ViTConfig
 
@@ -82,7 +83,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = parse_yaml(read_small(path, MAX_YAML_BYTES)) or {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable YAML: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{path}: not readable YAML: {' '.join(str(getattr(error, 'strerror', None) or error).split())}"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `model:`, found {type(tree).__name__}")
     tree = _expand_model(tree, path)
@@ -330,7 +333,8 @@ def to_tree(config: Any) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=100)
+    """For readers: secrets in URLs are masked."""
+    return yaml.safe_dump(masked_tree(to_tree(config)), sort_keys=False, default_flow_style=None, width=100)
 
 
 def fixed_options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,6 +35,7 @@ from pipeline.rehearsal import (
     read_json,
     read_lines,
 )
+from pipeline.text import screen_output
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -59,8 +60,8 @@ def rehearse(drill: Drill) -> None:
         drill.reference = drill.finish("reference", job)
     except Lost as problem:
         lines = [line for line in job.said().splitlines() if line.strip()]
-        said = next((line for line in lines if line.startswith("error: ")), "\n".join(lines[-5:]))
-        raise UserError(f"the run fails without any drill: {problem}\n{said}") from None
+        said = next((line for line in lines if line.startswith("error: ")), " | ".join(lines[-5:]))
+        raise UserError(f"the run fails without any drill: {problem}; it says: {said}") from None
 
 
 def kill_rank(drill: Drill, name: str) -> tuple[Outcome, Result]:
@@ -377,4 +378,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

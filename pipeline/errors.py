@@ -5,9 +5,14 @@ import re
 import reprlib
 from typing import Any
 
+from pipeline.text import shown
+
 
 class UserError(ValueError):
     """Something that the user can mend. The message names the thing, what was found, what was expected, the fix."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(shown(str(message)))
 
 
 class PeerLost(Exception):

@@ -21,6 +21,7 @@ from pipeline.data.source import Source
 from pipeline.engine import load_weights
 from pipeline.errors import UserError, WorkerDied
 from pipeline.runtime import Ranks
+from pipeline.text import csv_cell, screen_output, shown
 from pipeline.trainer import normalised
 from pipeline.weights import check_model, find_checkpoint
 from vit.model import ViT
@@ -63,9 +64,10 @@ def evaluate(path: str, data: DataConfig, predictions: str | None, workers: int,
                 for row in batch.valid.nonzero()[:, 0].tolist():
                     label, guess = int(batch.labels[row]), int(best[row])
                     named = [names[n] if n < len(names) else str(n) for n in (label, guess)]
-                    rows.append([batch.keys[row], label, guess, *named, f"{float(probabilities[row]):.6f}"])
+                    cells = map(csv_cell, (batch.keys[row], *named))
+                    rows.append([next(cells), label, guess, *cells, f"{float(probabilities[row]):.6f}"])
             for bad in batch.bad:
-                print(f"bad sample, not counted: {bad.where}: {bad.reason}", file=sys.stderr)
+                print(f"bad sample, not counted: {shown(f'{bad.where}: {bad.reason}')}", file=sys.stderr)
             bar.update(batch.valid_rows)
     if predictions:
         with open(predictions, "w", newline="") as file:
@@ -129,4 +131,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

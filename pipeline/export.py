@@ -6,6 +6,7 @@ import sys
 from pipeline.checkpoint import load_state, load_weights, require
 from pipeline.config import describe_checkpoint
 from pipeline.errors import UserError
+from pipeline.text import screen_output
 from pipeline.weights import check_model, find_checkpoint, write_weights
 from vit.weights import LAYOUTS
 
@@ -41,4 +42,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.errors import Interrupted, UserError
 from pipeline.files import new_file, no_link
+from pipeline.text import mask_secrets, shown
 
 BEAT_SECONDS = 3.0
 EXPIRES_SECONDS = 30.0  # a lease that has not been renewed for so long may be taken over
@@ -189,7 +190,7 @@ def _describe_this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _process_start(os.getpid()),
         "processes": _process_space(),
-        "command": " ".join(sys.argv)[:200],
+        "command": mask_secrets(" ".join(sys.argv))[:200],
     }
 
 
@@ -221,7 +222,9 @@ def _state(holder: dict[str, Any]) -> str:
 
 
 def _words(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')} ({holder.get('command', '?')})"
+    return shown(
+        f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')} ({holder.get('command', '?')})"
+    )
 
 
 def _read(path: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PeerLost, UserError
 from pipeline.runtime import Ranks, die_with_parent, export_ranks, has_launcher, read_ranks, read_rendezvous
+from pipeline.text import screen_output
 
 if TYPE_CHECKING:
     from pipeline.audit import Finding
@@ -238,4 +239,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

@@ -15,6 +15,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.files import write_durably
 from pipeline.lease import Lease, LeaseLost, acquire, observe
 from pipeline.parsing import read_json
+from pipeline.text import masked_tree, masked_words, shown
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 LEASE = "run"
@@ -80,7 +81,7 @@ class RunDir:
                 f"run.dir={self.path}: can't be written: {error.strerror}; choose another run.dir"
             ) from None
         identity = json.loads(json.dumps(identity))
-        known = self.read("identity.json")
+        known = masked_tree(self.read("identity.json"))  # an earlier version of this program did not mask it
         if known is None:
             if os.listdir(self.checkpoints):
                 raise UserError(f"run.dir={self.path}: holds checkpoints but no identity.json; choose another run.dir")
@@ -167,6 +168,7 @@ class RunDir:
             self.lease.check()
         except LeaseLost:
             return
+        reason = shown(reason)
         if os.path.exists(self.file("exit.json")):
             return
         self.write("exit.json", {"status": status, "step": step, "reason": reason})
@@ -194,7 +196,7 @@ def package_versions() -> dict[str, str]:
 
 def manifest(devices: list[str]) -> dict[str, Any]:
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": [sys.executable, *masked_words(sys.argv)],
         "git": git_revision(),
         "python": platform.python_version(),
         "packages": package_versions(),

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pipeline.errors import UserError
+from pipeline.text import Screen
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,15 @@ class _Log(io.FileIO):
 
 
 def survive_a_full_log() -> None:
-    """From now on no `print`, progress bar or warning ends the process since its log can't be written."""
+    """From now on no `print`, progress bar or warning ends the process since its log can't be written.
+
+    All output is screened: it holds no secrets and no control characters.
+    """
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)
         old.flush()
         buffered = io.BufferedWriter(_Log(old.fileno(), "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(buffered, old.encoding, old.errors, line_buffering=True))
+        setattr(sys, name, Screen(io.TextIOWrapper(buffered, old.encoding, old.errors, line_buffering=True)))
 
 
 def process_began() -> float:

@@ -22,6 +22,7 @@ from pipeline.runtime import (
     read_ranks,
     survive_a_full_log,
 )
+from pipeline.text import masked_words
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = EXIT_WORKER_DIED = EXIT_CRASH = 1
@@ -131,7 +132,7 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
         trainer.close()
         if ranks.is_main:
             words = ["accelerate", "launch", "pipeline/train.py", "--config", os.path.relpath(parsed.config)]
-            command = shlex.join([*words, *parsed.overrides])
+            command = shlex.join(masked_words([*words, *parsed.overrides]))
             title = "the run is complete:" if complete else ""
             print("\n" + (title + " " if title else "") + summary(run, status, step, command), flush=True)
         run.engine.barrier()  # a launcher ends all ranks after the first that fails

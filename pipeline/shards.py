@@ -14,6 +14,7 @@ from pipeline.data.source import ReadConfig
 from pipeline.data.verify import summary, verify_shards
 from pipeline.data.write import WriteConfig, add_options, write_shards
 from pipeline.errors import UserError
+from pipeline.text import screen_output
 
 ALLOW_MISSING_END = "accept tars that end without two blocks of zeros, but not inside a member"
 
@@ -159,4 +160,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    screen_output()
     sys.exit(main())

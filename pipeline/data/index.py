@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.files import is_partial_of, write_durably
 from pipeline.lease import Lease, acquire
 from pipeline.parsing import MAX_JSON_BYTES, check_size, check_size_of, parse_json, read_small
+from pipeline.text import base_name, folder_of, inside, mask_secrets
 
 FORMAT = 3
 BLOCK = 4096  # records that are read, and checked, together
@@ -91,7 +93,7 @@ class Index:
     def identity(self) -> str:
         """A digest of the data, whatever the folder it lies in: names, sizes and sample counts of the shards."""
         digest = hashlib.blake2b(self.columns[:, :2].astype("<i8").tobytes(), digest_size=8)
-        digest.update("\n".join(os.path.basename(url) for url in self.urls).encode())
+        digest.update("\n".join(map(base_name, self.urls)).encode())
         return digest.hexdigest()
 
 
@@ -200,7 +202,7 @@ def _lease(home: str, stack: contextlib.ExitStack) -> Lease | None:
     if not is_local(home):
         return None
     os.makedirs(home, exist_ok=True)
-    return stack.enter_context(acquire(home, "index", f"{home}/index.json", LEASE_WAIT_SECONDS))
+    return stack.enter_context(acquire(home, "index", inside(home, "index.json"), LEASE_WAIT_SECONDS))
 
 
 def _write_table(home: str, shards: Rows) -> None:
@@ -210,9 +212,9 @@ def _write_table(home: str, shards: Rows) -> None:
         table.append({**row, "first_record": first, "checks": [zlib.crc32(part) for part in parts]})
         first += len(records)
         blocks += parts
-    write_file(f"{home}/index.bin", b"".join(blocks))
+    write_file(inside(home, "index.bin"), b"".join(blocks))
     content = {"format": FORMAT, "check": _check_of(table), "shards": table}
-    write_file(f"{home}/index.json", json.dumps(content, indent=1).encode())
+    write_file(inside(home, "index.json"), json.dumps(content, indent=1).encode())
 
 
 def _check_of(table: list[dict]) -> str:
@@ -221,7 +223,7 @@ def _check_of(table: list[dict]) -> str:
 
 def home_of(url: str, folder: str | None) -> tuple[str, str]:
     """The folder of a shard's index, and the shard's name there."""
-    home, name = ("", url) if is_pipe(url) else os.path.split(url)
+    home, name = ("", mask_secrets(url)) if is_pipe(url) else (folder_of(url), base_name(url))
     if folder is None and is_pipe(url):
         raise UserError(f"{url}: a command has no folder for its index; name one: index --to FOLDER, data.index=FOLDER")
     return (folder.rstrip("/") if folder else home or "."), name
@@ -325,6 +327,7 @@ def load_index(
     columns = np.empty((len(listed), 6), dtype=np.int64)
     checks: list[int] = []
     numbers = np.empty(len(listed), dtype=np.int32)
+    seen: set[tuple[str, str]] = set()
     for place, (url, size) in enumerate(zip(listed, sizes, strict=True)):
         home, name = home_of(url, folder)
         if home not in tables:
@@ -332,12 +335,17 @@ def load_index(
                 tables[home] = _read_table(home, source)
             except FileNotFoundError as error:
                 raise UserError(f"{url}: no index beside it ({error}); {_rewrite(home)}") from None
+        if (home, name) in seen:
+            raise UserError(
+                f"{url}: another shard has the same name in {inside(home, 'index.json')}; rename one of them"
+            )
+        seen.add((home, name))
         row = tables[home].get(name)
         command = _rewrite(home)
         if size == 0:
             raise UserError(f"{url}: empty file; write the shard anew")
         if row is None:
-            raise UserError(f"{url}: not in {home}/index.json; {command}")
+            raise UserError(f"{url}: not in {inside(home, 'index.json')}; {command}")
         if size is not None and size != row["nbytes"]:
             kind = "truncated" if size < row["nbytes"] else "changed"
             raise UserError(
@@ -370,7 +378,7 @@ def file_sizes(urls: list[str], source: Source) -> list[int | None]:
 
 
 def _rewrite(home: str) -> str:
-    return f"run: {INDEX_COMMAND} '{home}/*.tar'"
+    return f"run: {INDEX_COMMAND} '{inside(home, '*.tar')}'"
 
 
 def _read_table(home: str, source: Source) -> dict[str, dict]:
@@ -380,7 +388,7 @@ def _read_table(home: str, source: Source) -> dict[str, dict]:
         UserError: damaged, or of another format.
         FileNotFoundError: there is none.
     """
-    path = f"{home}/index.json"
+    path = inside(home, "index.json")
     problem = "its content does not match its checksum"
     try:
         content = parse_json(_read_all(path, source, MAX_INDEX_BYTES), MAX_INDEX_BYTES)
@@ -432,7 +440,8 @@ def _read_all(path: str, source: Source, most: int = MAX_JSON_BYTES) -> bytes:
             check_size(nbytes, most)
             return source.read(path, 0, nbytes)
         except UserError as error:
-            if "not found" in str(error):
+            # What is signed for the shard alone does not open the files beside it, whether or not they are there.
+            if "not found" in str(error) or ("?" in path and re.search(r"the server says 40[13]\b", str(error))):
                 raise FileNotFoundError(path) from None
             raise
     try:
@@ -454,7 +463,7 @@ def load_records(shard: Shard, read: Read | None = None, block: int | None = Non
     """
     blocks = range(blocks_of(shard.samples)) if block is None else range(block, block + 1)
     begin, end = blocks.start * BLOCK, min(blocks.stop * BLOCK, shard.samples)
-    path, size = f"{shard.index}/index.bin", RECORD.itemsize
+    path, size = inside(shard.index, "index.bin"), RECORD.itemsize
     try:
         data = (read or Source().read)(path, (shard.first_record + begin) * size, (end - begin) * size)
     except UserError as error:
@@ -496,7 +505,7 @@ def read_classes(urls: str | Sequence[str], source: Source | None = None) -> lis
     first = expand_urls(urls)[0]
     if is_pipe(first):
         return None
-    path = f"{os.path.dirname(first) or '.'}/classes.json"
+    path = inside(folder_of(first), "classes.json")
     try:
         classes = parse_json(_read_all(path, source or Source()))
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from pipeline.data.source import Source
 from pipeline.data.tar import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, RECORD, sample_digest, strict_samples
 from pipeline.errors import UserError
 from pipeline.parsing import check_size, open_regular
+from pipeline.text import base_name, shown, shown_url
 
 
 class Origin(Protocol):
@@ -53,7 +54,7 @@ class Rejects:
     def add(self, place: str, reason: str) -> None:
         if not self.skip:
             raise UserError(f"{place}: {reason}; --skip-bad leaves bad samples out")
-        self.rows.append({"sample": place, "reason": reason})
+        self.rows.append({"sample": shown(place), "reason": shown(reason)})
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ class Samples:
         return Samples(self.urls, self.shards[chosen], self.records[chosen])
 
     def identity(self) -> str:
-        facts = json.dumps([os.path.basename(url) for url in self.urls]).encode()
+        facts = json.dumps([base_name(url) for url in self.urls]).encode()
         return hashlib.blake2b(facts + self.shards.tobytes() + self.records.tobytes(), digest_size=8).hexdigest()
 
     def place(self, number: int) -> str:
-        return f"{self.urls[self.shards[number]]}: sample at byte {self.records['offset'][number]}"
+        return f"{shown_url(self.urls[self.shards[number]])}: sample at byte {self.records['offset'][number]}"
 
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         url, record = self.urls[self.shards[number]], self.records[number]
@@ -121,7 +122,7 @@ class Samples:
         samples, problem = parse_run(Source().read(url, int(record["offset"]), int(record["nbytes"])), record)
         if problem:
             raise UserError(f"{self.place(number)}: {problem}")
-        name = f"{os.path.basename(url)}:{samples[0]['__key__']}"
+        name = f"{base_name(url)}:{samples[0]['__key__']}"
         return name, {suffix: bytes(data) for suffix, data in samples[0].items() if not suffix.startswith("__")}
 
 

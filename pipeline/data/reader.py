@@ -27,6 +27,7 @@ from pipeline.data.tar import (
     sample_digest,
 )
 from pipeline.errors import UserError, is_out_of_memory
+from pipeline.text import printable, shown, shown_url
 
 CACHED_BLOCKS = 256
 MAX_GAP_BYTES = 64 << 20  # between a window's samples; where other members take more, each sample is read alone
@@ -51,13 +52,13 @@ def to_sample(
     `indexed` is the label that the index has.
     """
     name = members["__key__"]
-    sample = Sample(f"{url}: sample {name}", key)
+    sample = Sample(f"{shown_url(url)}: sample {printable(name)}", key)
     suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
     if leaves_folder(name):
         sample.bad = "its name leaves the shard's folder"
     elif suffix is None:
         found = ", ".join(sorted(k for k in members if not k.startswith("__")))
-        sample.bad = f"no image among its members ({found}); expected one of {', '.join(IMAGE_SUFFIXES)}"
+        sample.bad = f"no image among its members ({printable(found)}); expected one of {', '.join(IMAGE_SUFFIXES)}"
     else:
         try:
             sample.label = label_of(members, sample.where)
@@ -155,7 +156,9 @@ class OrderedSamples:
         except UserError as error:
             return piece, shard, rows, error
         except MemoryError:
-            raise MemoryError(f"{shard.url}, samples {piece.begin} to {piece.end - 1} ({nbytes} bytes)") from None
+            raise MemoryError(
+                f"{shown_url(shard.url)}, samples {piece.begin} to {piece.end - 1} ({nbytes} bytes)"
+            ) from None
 
     def _parse_window(self, window: Window, fetched: list[Fetched]) -> list[Sample | None]:
         """The window's samples in the order in which they are used."""
@@ -164,7 +167,7 @@ class OrderedSamples:
             try:
                 line += self._parse_piece(piece, shard, rows, data)
             except MemoryError:
-                raise MemoryError(f"{shard.url}, samples {piece.begin} to {piece.end - 1}") from None
+                raise MemoryError(f"{shown_url(shard.url)}, samples {piece.begin} to {piece.end - 1}") from None
         return [line[place] for place in self.order.shuffled(window)]
 
     def _parse_piece(self, piece: Piece, shard: Shard, rows: np.ndarray, data: Data | UserError) -> list[Sample]:
@@ -200,8 +203,8 @@ class OrderedSamples:
             return []
 
     def _bad(self, shard: Shard, row: np.ndarray, key: tuple[int, int], reason: str) -> Sample:
-        where = f"{shard.url}: sample {key[1]} of {shard.samples}"
-        return Sample(where, key, bad=reason.removeprefix(f"{shard.url}: "))
+        url = shown_url(shard.url)
+        return Sample(f"{url}: sample {key[1]} of {shard.samples}", key, bad=shown(reason).removeprefix(f"{url}: "))
 
     def _records(self, number: int, shard: Shard, begin: int, end: int, read: Read) -> np.ndarray:
         """Records `begin` to `end`, by way of a small cache of blocks: a shard may have millions."""
@@ -275,11 +278,11 @@ class ResampledSamples:
             except (UserError, OSError) as error:  # the rest of this shard is lost: said once, as one bad sample
                 if is_out_of_memory(error):
                     raise
-                reason = str(error).removeprefix(f"{url}: ")
+                reason = shown(str(error)).removeprefix(f"{shown_url(url)}: ")
                 failures += 1
                 if failures > 100:
                     raise UserError(
                         f"{url}: the last 100 shards that were drawn failed; the last one by: {reason}"
                     ) from None
-                yield Sample(f"{url}: from sample {number} on", (self.first + draw, number), bad=reason)
+                yield Sample(f"{shown_url(url)}: from sample {number} on", (self.first + draw, number), bad=reason)
             draw += 1

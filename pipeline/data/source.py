@@ -16,24 +16,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import fsspec
 import numpy as np
 
+from pipeline.data.web import Refused, http_chunks, http_size
 from pipeline.errors import Interrupted, UserError
 from pipeline.options import option
+from pipeline.text import MASK, shown_url
 
 Data = bytes | bytearray
 Read = Callable[[str, int, int], Data]  # one of Source's ways to read: url, first byte, number of bytes
 CHUNK = 1 << 16
 POLL_SECONDS = 0.1  # between two looks for a stop request during a wait
 REMOTE_PIECE = 8 << 20  # what one request of an object store brings; a failure repeats no more than that
-
-
-class Refused(Exception):
-    """A failure that no repetition mends: not found, forbidden, cut short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +45,9 @@ class ReadConfig:
     )
     max_image_pixels: int = option(
         89_478_485, "an image of more pixels is a bad sample; each takes 3 bytes in memory", may_change=True
+    )
+    redirect_hosts: tuple[str, ...] = option(
+        (), "hosts to which an HTTP server may redirect, besides itself; *.example.org: a whole domain", may_change=True
     )
     threads: int = option(4, "reads that a worker has in flight, ahead of what it decodes", may_change=True)
 
@@ -86,7 +86,7 @@ class Source:
                 check_kind(found.st_mode)
                 return found.st_size
             if is_http(url):
-                return http_size(url, self.limits.timeout_seconds)
+                return http_size(url, self.limits.timeout_seconds, self.limits.redirect_hosts)
             filesystem, path = fsspec.core.url_to_fs(url)
             return int(call(filesystem, "size", self.limits.timeout_seconds, path))
 
@@ -115,7 +115,7 @@ class Source:
                 if len(whole) < nbytes:
                     raise Refused(f"truncated at byte {start + len(whole)} (expected {start + nbytes})")
                 return whole
-            for chunk in self._chunks(url, start + len(data), start + nbytes):
+            for chunk in self._chunks(url, start + len(data), start + nbytes, end):
                 data.extend(chunk)
                 if time.monotonic() > end:
                     raise TimeoutError(f"only {len(data)} of {nbytes} bytes came")
@@ -125,7 +125,7 @@ class Source:
             return bytes(data)
 
         end = time.monotonic() + self.limits.deadline_seconds
-        with self._shown(f"{url} from byte {start}"):
+        with self._shown(f"{shown_url(url)} from byte {start}"):
             return self._try(url, go_on, lambda: start + len(data))
 
     def read_cached(self, url: str, start: int, nbytes: int) -> Data:
@@ -136,7 +136,7 @@ class Source:
         """
         if not is_local(url) or not hasattr(os, "RWF_NOWAIT"):
             raise BlockingIOError
-        with self._shown(f"{url} from byte {start}"):  # a network's file system may wait for its server
+        with self._shown(f"{shown_url(url)} from byte {start}"):  # a network's file system may wait for its server
             try:
                 file = open_local(url)
                 try:
@@ -179,6 +179,8 @@ class Source:
             write_board(self.board, (list(self.reads.values()) or [""])[0])
 
     def _try(self, url: str, attempt: Callable[[], Any], reached: Callable[[], int]) -> Any:
+        if MASK in url and not is_local(url):
+            raise UserError(f"{url}: its secrets were masked when it was written; name it with its secrets")
         end, pause, before = time.monotonic() + self.limits.deadline_seconds, 0.2, reached()
         while True:
             try:
@@ -193,7 +195,7 @@ class Source:
                 raise
             except Exception as error:  # each library of fsspec's has its own kinds
                 if getattr(error, "errno", None) == errno.ENOMEM:
-                    raise MemoryError(url) from None
+                    raise MemoryError(shown_url(url)) from None
                 if reached() > before:  # the source gives something: start the back-off anew
                     pause, before = 0.2, reached()
                 if time.monotonic() + pause > end or url in self.given_up:
@@ -230,9 +232,10 @@ class Source:
                 raise Interrupted
             time.sleep(left if self.stop is None else min(left, POLL_SECONDS))
 
-    def _chunks(self, url: str, start: int, stop: int) -> Iterator[bytes]:
+    def _chunks(self, url: str, start: int, stop: int, end: float) -> Iterator[bytes]:
         if is_http(url):
-            yield from http_chunks(url, start, stop, self.limits.timeout_seconds)
+            limits = self.limits
+            yield from http_chunks(url, start, stop, limits.timeout_seconds, end, limits.redirect_hosts)
         elif is_pipe(url):
             yield from self.pipes.chunks(self.command(url), start, stop, self.limits.timeout_seconds)
         else:
@@ -308,64 +311,6 @@ def call(filesystem: Any, method: str, timeout_seconds: float, *args: Any, **kwa
 
         return sync(filesystem.loop, getattr(filesystem, f"_{method}"), *args, timeout=timeout_seconds, **kwargs)
     return getattr(filesystem, method)(*args, **kwargs)
-
-
-@lru_cache(maxsize=2)
-def _connections(process: int) -> Any:
-    """One pool of connections for each process: a forked child must not share its parent's."""
-    import urllib3
-
-    return urllib3.PoolManager(num_pools=32, maxsize=16)
-
-
-def _request(method: str, url: str, timeout_seconds: float, headers: dict[str, str]) -> Any:
-    from urllib3 import Retry, Timeout
-
-    retries = Retry(total=None, connect=0, read=0, other=0, status=0, redirect=5, raise_on_status=False)
-    response = _connections(os.getpid()).request(
-        method, url, headers={"Accept-Encoding": "identity", **headers}, preload_content=False, retries=retries,
-        timeout=Timeout(connect=timeout_seconds, read=timeout_seconds),
-    )  # fmt: skip
-    if response.status >= 400:
-        response.close()
-        if response.status == 404:
-            raise FileNotFoundError(url)
-        message = f"the server says {response.status} {response.reason}"
-        if response.status < 500 and response.status not in (408, 425, 429):
-            raise Refused(message)
-        raise OSError(message)
-    return response
-
-
-def http_size(url: str, timeout_seconds: float) -> int:
-    response = _request("HEAD", url, timeout_seconds, {})
-    response.release_conn()
-    length = response.headers.get("Content-Length")
-    if length is None:
-        raise Refused("the server does not tell the file's size (no Content-Length)")
-    return int(length)
-
-
-def http_chunks(url: str, start: int, stop: int, timeout_seconds: float) -> Iterator[bytes]:
-    """Bytes `start` to `stop`, as they come. A server that ignores ranges is read from its beginning, and skipped."""
-    response = _request("GET", url, timeout_seconds, {"Range": f"bytes={start}-{stop - 1}"})
-    try:
-        skip = start if response.status == 200 else 0
-        left = stop - start
-        while left:
-            chunk = response.read1(CHUNK)
-            if not chunk:
-                break
-            skipped = min(skip, len(chunk))
-            skip -= skipped
-            chunk = chunk[skipped : skipped + left]
-            left -= len(chunk)
-            if chunk:
-                yield chunk
-        if not left and response.status == 206:
-            response.release_conn()  # read to its end: the connection can be used again
-    finally:
-        response.close()
 
 
 class Pipes:

@@ -25,6 +25,7 @@ from pipeline.data.tar import (
     leaves_folder,
 )
 from pipeline.errors import UserError
+from pipeline.text import printable, shown, shown_url
 
 BLOCK_NBYTES = 64 << 20  # read at once
 
@@ -41,8 +42,9 @@ class ShardReport:
     missing_end: bool = False
 
     def add(self, key: str | None, reason: str) -> None:
-        reason = reason.removeprefix(f"{self.shard.url}: ").removeprefix(f"sample {key}: ")
-        self.bad.append({"shard": self.shard.url, "key": key, "reason": reason})
+        url = shown_url(self.shard.url)
+        reason = shown(reason).removeprefix(f"{url}: ").removeprefix(f"sample {printable(key or '')}: ")
+        self.bad.append({"shard": url, "key": key, "reason": reason})
 
 
 def verify_shards(
@@ -101,7 +103,7 @@ def duplicate_keys(reports: list[ShardReport]) -> list[dict[str, Any]]:
     for report in reports:
         for key in report.keys:
             if key in places:
-                places[key].append(report.shard.url)
+                places[key].append(shown_url(report.shard.url))
     return [{"key": key, "shards": urls} for key, urls in places.items()]
 
 
@@ -230,9 +232,10 @@ def summary(report: dict[str, Any], most: int = 20) -> str:
     """The report as text: what is there, then up to `most` bad things."""
     lines = []
     for row in report["bad"]:
-        lines.append(f"{row['shard']}: " + (f"sample {row['key']}: " if row["key"] else "") + row["reason"])
+        key = f"sample {printable(row['key'])}: " if row["key"] else ""
+        lines.append(f"{row['shard']}: {key}{row['reason']}")
     for row in report["duplicate_keys"]:
-        lines.append(f"key {row['key']}: in {len(row['shards'])} samples: {', '.join(row['shards'])}")
+        lines.append(f"key {printable(row['key'])}: in {len(row['shards'])} samples: {', '.join(row['shards'])}")
     bad = len(lines)
     if bad > most:
         lines[most:] = [f"... and {bad - most} more (--json FILE lists all)"]
@@ -245,6 +248,8 @@ def summary(report: dict[str, Any], most: int = 20) -> str:
     lines += [f"{len(rows)} labels:", f"{'label':>6} {'samples':>9}  name"] if rows else []
     shown = rows if len(rows) <= 20 else [*rows[:10], None, *rows[-10:]]
     for row in shown:
-        text = f"{row['label']:>6} {row['samples']:>9}  {row['name'] or ''}".rstrip() if row else f"{'...':>6}"
+        text = (
+            f"{row['label']:>6} {row['samples']:>9}  {printable(row['name'] or '')}".rstrip() if row else f"{'...':>6}"
+        )
         lines.append(text.replace("    -1", "  none"))
     return "\n".join([*lines, f"{bad} things are bad" if bad else "all shards are whole"])

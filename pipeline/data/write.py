@@ -30,6 +30,7 @@ from pipeline.files import new_file, partial_path
 from pipeline.lease import Lease, acquire
 from pipeline.options import option
 from pipeline.parsing import parse_json, read_json
+from pipeline.text import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +259,7 @@ def write_shard(shard: str, first: int, source: Origin, config: WriteConfig) -> 
                 try:
                     sample = prepare(source, number, config)
                 except UserError as error:
-                    place = source.place(number)
+                    place = shown(source.place(number))
                     rejects.add(place, str(error).removeprefix(f"{place}: "))
                     continue
                 writer.write({"__key__": f"{config.prefix}-{first + number:08d}", **sample})

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pipeline.text import shown
+
 if TYPE_CHECKING:
     from pipeline.monitor.jsonl import Lines
 
@@ -76,4 +78,4 @@ class Sinks(Sink):
 
 
 def _warn(message: str) -> None:
-    print(f"\nwarning: {message}", file=sys.stderr, flush=True)
+    print(f"\nwarning: {shown(message)}", file=sys.stderr, flush=True)

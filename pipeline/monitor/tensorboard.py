@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.files import new_file, partial_path
 from pipeline.monitor.sink import Sink
+from pipeline.text import code_block, printable
 
 SPEED = ("images_per_second", "data_wait_fraction", "mfu", "slowest_rank", "slowest_rank_ratio",
          "longest_data_wait_rank", "longest_data_wait_seconds")  # fmt: skip
@@ -116,17 +117,18 @@ class TensorBoard(Sink):
         grid = images[: rows * columns].reshape(rows, columns, 3, side, side)
         grid = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)  # (3, rows*S, columns*S)
         grid = grid.cpu().clone()  # the loader uses the memory of the inputs again
+        labels = [printable(label) for label in labels]
         lines = [", ".join(labels[r * columns : (r + 1) * columns]) for r in range(rows)]
 
         def add(writer: Any) -> None:
             writer.add_image("inputs", grid, step)
-            writer.add_text("inputs/labels", "\n\n".join(lines), step)
+            writer.add_text("inputs/labels", code_block("\n".join(lines)), step)
 
         self._write(step, add)
 
     def text(self, name: str, text: str) -> None:
-        indented = "    " + text.replace("\n", "\n    ")
-        self._write(self.first_step, lambda writer: writer.add_text(name, indented, self.first_step))
+        shown = code_block(text)
+        self._write(self.first_step, lambda writer: writer.add_text(name, shown, self.first_step))
 
     def flush(self) -> None:
         if self.writer is None and self.pending:
