@@ -15,9 +15,10 @@ case ${1:-} in
     exit
     ;;
 --ranks)
-    RANKS=$2
+    RANKS=$(whole_number --ranks "${2:-}")
     shift 2
     ;;
+*) ;;
 esac
 run_dir=$("${CONTAINER[@]}" bash "$PWD/launch/node.sh" --print-run-dir "$@" | tail -n 1)
 export NODES=1 RANKS HEAD=127.0.0.1 PORT=0 RUN_ID=local LOGS=$run_dir/logs NODE_RESTARTS=0

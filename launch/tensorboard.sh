@@ -36,6 +36,10 @@ else
   pairs=()
   for run in "${runs[@]}"; do
     [[ -d $run/tensorboard ]] || { echo "error: $run: no run directory (it has no folder tensorboard)" >&2; exit 2; }
+    if [[ $run == *[,:]* ]]; then
+      echo "error: $run: tensorboard splits names at commas and colons; open it by a link of another name" >&2
+      exit 2
+    fi
     pairs+=("$run:$run/tensorboard")
   done
   watched=(--logdir_spec "$(IFS=,; echo "${pairs[*]}")")

@@ -22,26 +22,34 @@ while (($#)); do
         help_of "$0"
         exit
         ;;
-    --hosts) hosts=$2 ;;
-    --nodes) NODES=$2 ;;
-    --head) head=$2 ;;
-    --port) PORT=$2 ;;
-    --max-restarts) NODE_RESTARTS=$2 ;;
+    --hosts) hosts=${2:-} ;;
+    --nodes) NODES=${2:-} ;;
+    --head) head=${2:-} ;;
+    --port) PORT=$(whole_number --port "${2:-}") ;;
+    --max-restarts) NODE_RESTARTS=$(whole_number --max-restarts "${2:-}") ;;
     *) break ;;
     esac
     shift 2
 done
+IFS=, read -ra names <<<"$hosts"
+for name in ${head:+"$head"} "${names[@]}"; do
+    if [[ ! $name =~ ^[[:alnum:]_:][[:alnum:]_:.@%-]*$ ]]; then # it goes to ssh, getent and sed
+        printf 'error: %q: expected the name of a host, or USER@HOST\n' "${name:0:100}" >&2
+        exit 2
+    fi
+done
 run_dir=$("${CONTAINER[@]}" bash "$PWD/launch/node.sh" --print-run-dir "$@" | tail -n 1)
 
 if [[ $hosts ]]; then
-    IFS=, read -ra names <<<"$hosts"
     words=("$PWD/launch/torchrun.sh" --nodes "${NODES:-${#names[@]}}" --head "${head:-${names[0]}}" --port "$PORT"
         --max-restarts "$NODE_RESTARTS" "$@")
     # An interrupt doesn't reach the background. A file in the run directory stops all ranks after the same step.
-    trap 'mkdir -p "$run_dir"; touch "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
+    trap 'mkdir -p "$run_dir"; make_marker "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
+    command=$(printf '%q ' "${words[@]}")
     declare -A started
     for name in "${names[@]}"; do
-        ssh -o BatchMode=yes "$name" "$(printf '%q ' "${words[@]}")" </dev/null > >(sed -u "s/^/$name: /") 2>&1 &
+        # shellcheck disable=SC2312 # sed fails only when this shell's output is gone
+        ssh -o BatchMode=yes -- "$name" "$command" </dev/null > >(sed -u "s/^/$name: /") 2>&1 &
         started[$name]=$!
     done
     code=0

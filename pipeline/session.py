@@ -75,6 +75,8 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
     config = load_config(parsed.config, parsed.overrides)
     assert config.run.dir is not None
     if parsed.print_run_dir:
+        if "\n" in config.run.dir:  # the scripts take the last line of what is printed
+            raise UserError(f"run.dir={config.run.dir!r}: holds a line break; choose another run.dir")
         print(os.path.abspath(config.run.dir))
         return 0
     ranks = read_ranks(os.environ)
