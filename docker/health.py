@@ -23,10 +23,18 @@ def problem(runs: str, silence_seconds: float) -> str | None:
     newest = max(told, key=os.path.getmtime)
     run, age = os.path.dirname(newest), time.time() - os.path.getmtime(newest)
     if os.path.exists(f"{run}/exit.json"):
-        with open(f"{run}/exit.json") as file:
-            end = json.load(file)
-        return f"{run}: {end['reason']}" if end["status"] == "failed" else None
-    return f"{run}: silent for {age:.0f} s" if age > silence_seconds else None
+        try:
+            with open(f"{run}/exit.json") as file:
+                end = json.loads(file.read(1 << 20))
+            return printable(f"{run}: {end['reason']}") if end["status"] == "failed" else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return printable(f"{run}/exit.json: not an object with `status` and `reason`")
+    return printable(f"{run}: silent for {age:.0f} s") if age > silence_seconds else None
+
+
+def printable(text: str) -> str:
+    """Without the control characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)[:1000]
 
 
 if __name__ == "__main__":
