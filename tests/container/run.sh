@@ -131,7 +131,7 @@ echo "$SECONDS s"
 ((SECONDS < 60)) || fail "an edit of the source must not install the packages again"
 
 say "preflight"
-start --rm --no-healthcheck --shm-size 512m --entrypoint python3 "$image" -m pipeline.preflight || fail "preflight"
+start --rm --no-healthcheck --shm-size 512m "${volumes[@]}" --entrypoint python3 "$image" -m pipeline.preflight || fail "preflight"
 
 say "healthy before a run; not root"
 start --rm --no-healthcheck --entrypoint python3 "$image" docker/health.py || fail "health before a run"

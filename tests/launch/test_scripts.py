@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, train
 
 ATTACK = "BASH_VERSINFO[$(>marker)0]"  # arithmetic runs the command; `set -u` wants the name of a variable there
 
@@ -158,6 +158,13 @@ def test_a_pipe_in_place_of_restarts_does_not_hang_the_job(site):
     os.mkfifo(site.run / "restarts")
     site.slurm(SLURM_RESTART_COUNT="1")
     assert (site.run / "restarts").read_text() == "0 0"
+
+
+def test_a_line_break_in_the_name_of_the_run_directory_is_refused():
+    """The scripts take the last line of what is printed: it would be another folder."""
+    code, output = train("--print-run-dir", 'run.dir="runs/a\\n/another"')
+    assert code == 2
+    assert "run.dir='runs/a\\n/another': holds a line break; choose another run.dir" in output
 
 
 def test_starts_without_a_newer_checkpoint_are_counted(site):
