@@ -6,7 +6,7 @@
 # Without --ranks there is one for each GPU (CUDA_VISIBLE_DEVICES counts), or one on the CPU. The config is the
 # trainer's default, the embedded digits, unless named; relative paths start at the repository. Start it again to resume.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/settings.sh
 RANKS=$(ranks_here)
 case ${1:-} in

@@ -5,7 +5,7 @@
 # the signals of a batch system become, if there is one).
 # shellcheck disable=SC2154 # set by the caller; `set -u` finds what is missing
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # this tree's code, installed or not
 if [[ ${1:-} == --print-run-dir ]]; then exec "$PYTHON" pipeline/train.py "$@"; fi
 

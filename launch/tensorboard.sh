@@ -15,7 +15,7 @@ one use `ssh -L 6006:localhost:6006 HOST`, or name an address with --host (0.0.0
 TEXT
 }
 
-project=$(cd "$(dirname "$0")/.." && pwd)
+project=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 PATH="$project/.venv/bin:$PATH"
 host=127.0.0.1 port=6006 runs=()
 while (($#)); do

@@ -13,7 +13,7 @@
 # All machines see the repository, the data and the run directory under the same paths. Relative paths start at the
 # repository. launch/site.env has the rest: Python, ranks of a machine, network, container. Start it again to resume.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/settings.sh
 LAUNCHER=torchrun NODE_RESTARTS=0 NODES='' PORT=29400 hosts='' head=''
 while (($#)); do

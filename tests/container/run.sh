@@ -8,7 +8,7 @@
 # the certificates of this machine as read-only mounts, while it builds only.
 # shellcheck disable=SC2310 # `start` is one command: in a condition nothing of it is skipped
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH='' cd "$(dirname "$0")/../.."
 
 work=$(mktemp -d)
 image=vit-pretrain-test-$$

@@ -128,6 +128,17 @@ def test_a_host_name_reaches_neither_sed_nor_the_options_of_ssh(site, name):
     assert "expected the name of a host" in output
 
 
+@pytest.mark.parametrize("name", ["local", "torchrun", "tensorboard", "node"])
+def test_a_script_finds_its_own_repository_whatever_cdpath_is(site, tmp_path, name):
+    """With a CDPATH, `cd launch/..` may lead elsewhere, where somebody has put a `launch/settings.sh` of theirs."""
+    (tmp_path / "others/launch").mkdir(parents=True)
+    for script in ("settings.sh", "functions.sh"):
+        (tmp_path / "others/launch" / script).write_text(f"touch '{site.tree}/marker'\n")
+    _, output = site.bash(f"launch/{name}.sh", "--help", CDPATH=str(tmp_path / "others"), PYTHON="true")
+    assert not site.attacked()
+    assert str(tmp_path / "others") not in output
+
+
 def test_all_hosts_are_started_by_ssh(site):
     code, output = site.bash("launch/torchrun.sh", "--hosts", "n1,user@n2.example-site.org")
     assert code == 0
