@@ -22,4 +22,9 @@ make_marker() { # make_marker PATH: an empty file, unless there is one
     if [[ ! -f $1 || -L $1 ]]; then write_file "$1" ''; fi
 }
 
+make_run_dir() { # nobody else may enter it: it holds logs
+    # shellcheck disable=SC2174 # its parents are as usual
+    mkdir -p -m 700 "$1"
+}
+
 help_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; } # the comment at the head of a script

@@ -21,5 +21,6 @@ case ${1:-} in
 *) ;;
 esac
 run_dir=$("${CONTAINER[@]}" bash "$PWD/launch/node.sh" --print-run-dir "$@" | tail -n 1)
+make_run_dir "$run_dir"
 export NODES=1 RANKS HEAD=127.0.0.1 PORT=0 RUN_ID=local LOGS=$run_dir/logs NODE_RESTARTS=0
 exec "${CONTAINER[@]}" bash "$PWD/launch/node.sh" "$@"

@@ -44,7 +44,7 @@ if [[ $hosts ]]; then
     words=("$PWD/launch/torchrun.sh" --nodes "${NODES:-${#names[@]}}" --head "${head:-${names[0]}}" --port "$PORT"
         --max-restarts "$NODE_RESTARTS" "$@")
     # An interrupt doesn't reach the background. A file in the run directory stops all ranks after the same step.
-    trap 'mkdir -p "$run_dir"; make_marker "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
+    trap 'make_run_dir "$run_dir"; make_marker "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
     command=$(printf '%q ' "${words[@]}")
     declare -A started
     for name in "${names[@]}"; do
@@ -74,5 +74,6 @@ if [[ -z $HEAD ]]; then
     exit 2
 fi
 RANKS=$(ranks_here)
+make_run_dir "$run_dir"
 export NODES RANKS HEAD PORT RUN_ID=pretrain LOGS=$run_dir/logs NODE_RESTARTS
 exec "${CONTAINER[@]}" bash "$PWD/launch/node.sh" "$@"

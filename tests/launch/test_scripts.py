@@ -178,6 +178,12 @@ def test_a_line_break_in_the_name_of_the_run_directory_is_refused():
     assert "run.dir='runs/a\\n/another': holds a line break; choose another run.dir" in output
 
 
+def test_a_new_run_directory_is_private(site, tmp_path):
+    site.slurm(RUN=str(tmp_path / "runs/new"))
+    assert (tmp_path / "runs/new/restarts").exists()
+    assert (tmp_path / "runs/new").stat().st_mode & 0o777 == 0o700
+
+
 def test_starts_without_a_newer_checkpoint_are_counted(site):
     (site.run / "restarts").write_text("0 2\n")
     _, output = site.slurm(SLURM_RESTART_COUNT="3", STATE="RUNNING")
