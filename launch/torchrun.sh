@@ -64,7 +64,9 @@ if [[ $hosts ]]; then
     exit "$code"
 fi
 
-if [[ -z $NODES || -z $head ]]; then
+if [[ $NODES && $head ]]; then
+    make_run_dir "$run_dir"
+else
     help_of "$0" >&2
     exit 2
 fi
@@ -74,6 +76,5 @@ if [[ -z $HEAD ]]; then
     exit 2
 fi
 RANKS=$(ranks_here)
-make_run_dir "$run_dir"
 export NODES RANKS HEAD PORT RUN_ID=pretrain LOGS=$run_dir/logs NODE_RESTARTS
 exec "${CONTAINER[@]}" bash "$PWD/launch/node.sh" "$@"
