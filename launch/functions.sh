@@ -26,5 +26,3 @@ make_run_dir() { # nobody else may enter it: it holds logs
     # shellcheck disable=SC2174 # its parents are as usual
     mkdir -p -m 700 "$1"
 }
-
-help_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; } # the comment at the head of a script

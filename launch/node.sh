@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2154,SC2312 # `set -u` finds what a caller did not set; `read` fails with its command
 # Starts the ranks of this node and waits for them. The scripts beside it call it with the arguments of
 # pipeline/train.py, and in the environment: PYTHON, LAUNCHER, PREFLIGHT, NETWORK_INTERFACE (settings.sh); NODES, RANKS
 # (of this node), HEAD (address), PORT, RUN_ID, LOGS (folder), NODE_RESTARTS (by the launcher itself), STOP_FILE (that
 # the signals of a batch system become, if there is one).
-# shellcheck disable=SC2154 # set by the caller; `set -u` finds what is missing
 set -euo pipefail
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # this tree's code, installed or not
 if [[ ${1:-} == --print-run-dir ]]; then exec "$PYTHON" pipeline/train.py "$@"; fi
-
 source launch/functions.sh
 if [[ ! $NODES =~ ^[[:digit:]]{1,9}(:[[:digit:]]{1,9})?$ ]]; then
     printf 'error: NODES: expected N or MIN:MAX, found %q\n' "${NODES:0:100}" >&2
@@ -18,8 +17,7 @@ RANKS=$(whole_number RANKS "$RANKS")
 PORT=$(whole_number PORT "$PORT")
 NODE_RESTARTS=$(whole_number NODE_RESTARTS "$NODE_RESTARTS")
 
-found=$("$PYTHON" launch/address.py "$HEAD" "$NETWORK_INTERFACE")
-read -r address interface <<<"$found"
+read -r address interface < <("$PYTHON" launch/address.py "$HEAD" "$NETWORK_INTERFACE")
 export GLOO_SOCKET_IFNAME=$interface # gloo's own choice is what the host name resolves to
 if [[ $NETWORK_INTERFACE ]]; then export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE; fi
 is_host=$([[ $address == "$HEAD" && ${SLURM_NODEID:-0} == 0 ]] && echo true || echo false)

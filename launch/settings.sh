@@ -27,3 +27,5 @@ ranks_here() { # RANKS_PER_NODE, or one for each GPU, or one
     fi || true
     echo "$((gpus > 0 ? gpus : 1))"
 }
+
+help_of() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; } # the comment at the head of a script
