@@ -6,7 +6,7 @@ OLDEST := $(CURDIR)/.venv/oldest
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: pretrain test check test-integration test-survival test-oldest test-cluster test-container clean
+.PHONY: pretrain test check test-integration test-survival test-oldest test-cluster test-container sbom clean
 pretrain: $(INSTALLED)  ## train a small ViT on the embedded data set
 	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml pipeline/train.py
 
@@ -38,6 +38,11 @@ test-container:  ## docker/Dockerfile: build, run and test it; needs docker, pod
 test-cluster: $(INSTALLED)  ## jobs on a real Slurm cluster on this machine, and torchrun on two hosts (best as root)
 	tests/cluster/install.sh
 	$(PYTEST) -m cluster
+
+sbom: $(INSTALLED)  ## build/sbom.cdx.json: the software bill of materials, in CycloneDX's format
+	@mkdir -p build
+	@PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --validate --output-reproducible \
+	  --output-file build/sbom.cdx.json constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -10,6 +10,8 @@ import os
 import sys
 import time
 
+from pipeline.text import shown
+
 
 def problem(runs: str, silence_seconds: float) -> str | None:
     names = ("manifest.json", "metrics.jsonl", "exit.json")
@@ -23,10 +25,13 @@ def problem(runs: str, silence_seconds: float) -> str | None:
     newest = max(told, key=os.path.getmtime)
     run, age = os.path.dirname(newest), time.time() - os.path.getmtime(newest)
     if os.path.exists(f"{run}/exit.json"):
-        with open(f"{run}/exit.json") as file:
-            end = json.loads(file.read(1 << 20))
-        return f"{run}: {end['reason']}" if end["status"] == "failed" else None
-    return f"{run}: silent for {age:.0f} s" if age > silence_seconds else None
+        try:
+            with open(f"{run}/exit.json") as file:
+                end = json.loads(file.read(1 << 20))
+            return shown(f"{run}: {end['reason']}") if end["status"] == "failed" else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return shown(f"{run}/exit.json: not an object with `status` and `reason`")
+    return shown(f"{run}: silent for {age:.0f} s") if age > silence_seconds else None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2154,SC2312 # `set -u` finds what a caller did not set; `read` fails with its command
 # Starts the ranks of this node and waits for them. The scripts beside it call it with the arguments of
 # pipeline/train.py, and in the environment: PYTHON, LAUNCHER, PREFLIGHT, NETWORK_INTERFACE (settings.sh); NODES, RANKS
 # (of this node), HEAD (address), PORT, RUN_ID, LOGS (folder), NODE_RESTARTS (by the launcher itself), RENDEZVOUS_SECRET
 # (of all nodes, if there are several), STOP_FILE (that the signals of a batch system become, if there is one).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # this tree's code, installed or not
 if [[ ${1:-} == --print-run-dir ]]; then exec "$PYTHON" pipeline/train.py "$@"; fi
+source launch/functions.sh
+if [[ ! $NODES =~ ^[[:digit:]]{1,9}(:[[:digit:]]{1,9})?$ ]]; then
+    printf 'error: NODES: expected N or MIN:MAX, found %q\n' "${NODES:0:100}" >&2
+    exit 2
+fi
+RANKS=$(whole_number RANKS "$RANKS")
+PORT=$(whole_number PORT "$PORT")
+NODE_RESTARTS=$(whole_number NODE_RESTARTS "$NODE_RESTARTS")
 
 if [[ $NODES == 1 ]]; then # nobody else needs to reach this machine: the launcher takes a free port of the loopback
     HEAD=127.0.0.1 PORT=0 NETWORK_INTERFACE=
@@ -22,7 +31,8 @@ is_host=$([[ $address == "$HEAD" && ${SLURM_NODEID:-0} == 0 ]] && echo true || e
 export PET_LOCAL_ADDR=$address PET_RDZV_ID=$RUN_ID PET_RDZV_ENDPOINT=$HEAD:$PORT
 # How long they let ranks save after a signal before they kill them; a batch system has a limit of its own.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-if [[ $(trap -p HUP) == *"''"* ]]; then # nohup: a launcher would handle the signal that it should ignore
+on_hangup=$(trap -p HUP)
+if [[ $on_hangup == *"''"* ]]; then # nohup: a launcher would handle the signal that it should ignore
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -54,7 +64,10 @@ if [[ $PREFLIGHT != yes || " $* " == *" --dry-run "* ]]; then script=pipeline/tr
 watch() { # watch PID: ends the launcher when its ranks have been gone for too long (a restart waits for others)
     local limit=$((NODE_RESTARTS ? 660 : 60)) ranks_seen='' idle_since=$SECONDS children=()
     while grep -sq . "/proc/$1/cmdline"; do # one that has ended has no command, even if nobody has asked for its end
-        if [[ $signal ]]; then touch "$STOP_FILE" "$LOGS/signalled"; fi # again: a rank that starts removes an old one
+        if [[ $signal ]]; then # again and again: a rank that starts removes an old one
+            make_marker "$STOP_FILE"
+            make_marker "$LOGS/signalled"
+        fi
         sleep 1 &
         wait $! || true # a signal ends the waiting
         read -ra children <<<"$(cat "/proc/$1/task/"*/children 2>/dev/null || true)"

@@ -15,7 +15,7 @@ one use `ssh -L 6006:localhost:6006 HOST`, or name an address with --host (0.0.0
 TEXT
 }
 
-project=$(cd "$(dirname "$0")/.." && pwd)
+project=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 PATH="$project/.venv/bin:$PATH"
 host=127.0.0.1 port=6006 runs=()
 while (($#)); do
@@ -36,6 +36,10 @@ else
   pairs=()
   for run in "${runs[@]}"; do
     [[ -d $run/tensorboard ]] || { echo "error: $run: no run directory (it has no folder tensorboard)" >&2; exit 2; }
+    if [[ $run == *[,:]* ]]; then
+      echo "error: $run: tensorboard splits names at commas and colons; open it by a link of another name" >&2
+      exit 2
+    fi
     pairs+=("$run:$run/tensorboard")
   done
   watched=(--logdir_spec "$(IFS=,; echo "${pairs[*]}")")

@@ -13,7 +13,7 @@
 # All machines see the repository, the data and the run directory under the same paths. Relative paths start at the
 # repository. launch/site.env has the rest: Python, ranks of a machine, network, container. Start it again to resume.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/settings.sh
 LAUNCHER=torchrun NODE_RESTARTS=0 NODES='' PORT=29400 hosts='' head=''
 while (($#)); do
@@ -22,26 +22,35 @@ while (($#)); do
         help_of "$0"
         exit
         ;;
-    --hosts) hosts=$2 ;;
-    --nodes) NODES=$2 ;;
-    --head) head=$2 ;;
-    --port) PORT=$2 ;;
-    --max-restarts) NODE_RESTARTS=$2 ;;
+    --hosts) hosts=${2:-} ;;
+    --nodes) NODES=${2:-} ;;
+    --head) head=${2:-} ;;
+    --port) PORT=$(whole_number --port "${2:-}") ;;
+    --max-restarts) NODE_RESTARTS=$(whole_number --max-restarts "${2:-}") ;;
     *) break ;;
     esac
     shift 2
 done
-run_dir=$("${CONTAINER[@]}" bash "$PWD/launch/node.sh" --print-run-dir "$@" | tail -n 1)
+IFS=, read -ra names <<<"$hosts"
+for name in ${head:+"$head"} "${names[@]}"; do
+    if [[ ! $name =~ ^[[:alnum:]_:][[:alnum:]_:.@%-]*$ ]]; then # it goes to ssh, getent and sed
+        printf 'error: %q: expected the name of a host, or USER@HOST\n' "${name:0:100}" >&2
+        exit 2
+    fi
+done
+printed=$("${CONTAINER[@]}" bash "$PWD/launch/node.sh" --print-run-dir "$@" | tail -n 1) # MODE PATH
+run_dir=${printed#* }
 
 if [[ $hosts ]]; then
-    IFS=, read -ra names <<<"$hosts"
     words=("$PWD/launch/torchrun.sh" --nodes "${NODES:-${#names[@]}}" --head "${head:-${names[0]}}" --port "$PORT"
         --max-restarts "$NODE_RESTARTS" "$@")
     # An interrupt doesn't reach the background. A file in the run directory stops all ranks after the same step.
-    trap 'mkdir -p "$run_dir"; touch "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
+    trap 'make_run_dir "$run_dir" "${printed%% *}"; make_marker "$run_dir/STOP"; echo "saving and ending" >&2' INT TERM HUP
+    command=$(printf '%q ' "${words[@]}")
     declare -A started
     for name in "${names[@]}"; do
-        ssh -o BatchMode=yes "$name" "$(printf '%q ' "${words[@]}")" </dev/null > >(sed -u "s/^/$name: /") 2>&1 &
+        # shellcheck disable=SC2312 # sed fails only when this shell's output is gone
+        ssh -o BatchMode=yes -- "$name" "$command" </dev/null > >(sed -u "s/^/$name: /") 2>&1 &
         started[$name]=$!
     done
     code=0
@@ -56,7 +65,9 @@ if [[ $hosts ]]; then
     exit "$code"
 fi
 
-if [[ -z $NODES || -z $head ]]; then
+if [[ $NODES && $head ]]; then
+    make_run_dir "$run_dir" "${printed%% *}"
+else
     help_of "$0" >&2
     exit 2
 fi

@@ -60,7 +60,7 @@ class Drill:
         self.every = max(steps // 6, 1)
         self.words: list[str] = []  # options of all runs
         self.tolerance = TOLERANCE[config.engine.precision]
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311  # repeatable, no secret
         self.jobs: list[Job] = []
         self.startup_seconds, self.step_seconds = 0.0, 0.0
         self.reference: Result | None = None

@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained, check the shards, and stop"
     )
-    parser.add_argument("--print-run-dir", action="store_true", help="print the run directory, for scripts, and stop")
+    parser.add_argument("--print-run-dir", action="store_true", help="print mode and path of the run directory and stop")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     return parser.parse_intermixed_args(arguments)
@@ -77,7 +77,9 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
     config = load_config(parsed.config, parsed.overrides)
     assert config.run.dir is not None
     if parsed.print_run_dir:
-        print(os.path.abspath(config.run.dir))
+        if "\n" in config.run.dir:  # the scripts take the last line of what is printed
+            raise UserError(f"run.dir={config.run.dir!r}: holds a line break; choose another run.dir")
+        print(config.run.mode, os.path.abspath(config.run.dir))
         return 0
     ranks = read_ranks(os.environ)
     export_ranks(ranks, os.environ)

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.runtime import Rendezvous, is_loopback
 
-SECRET = "RENDEZVOUS_SECRET"  # the environment variable; the launch scripts set it
+SECRET = "RENDEZVOUS_SECRET"  # noqa: S105  # the name of the environment variable that the launch scripts set
 
 
 def listen(address: str, port: int) -> socket.socket:

@@ -204,7 +204,7 @@ class Source:
                         f"{url}: no success at byte {reached()} within {self.limits.deadline_seconds:g} s"
                         f" (data.read.deadline_seconds): {type(error).__name__}: {error}"
                     ) from None
-                self._sleep(pause * random.uniform(0.5, 1.0))
+                self._sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  # spreads retries, no secret
                 pause = min(2 * pause, 10.0)
 
     def _interruptible(self, attempt: Callable[[], Any]) -> Any:
@@ -401,7 +401,8 @@ exit $code
 
 def start_command(command: str) -> subprocess.Popen:
     """Runs a shell command, in a session of its own, that does not outlive this process."""
-    return subprocess.Popen(
+    # Only commands that the user has allowed come here (allow_pipe).
+    return subprocess.Popen(  # noqa: S603
         ["/bin/sh", "-c", GUARDED, command], stdout=subprocess.PIPE, stdin=subprocess.PIPE, bufsize=0,
         start_new_session=True,
     )  # fmt: skip

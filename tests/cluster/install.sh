@@ -11,8 +11,8 @@ apt-get update -qq
 # Its own services are not wanted: the tests start what they need.
 policy=/usr/sbin/policy-rc.d
 if [[ ! -e $policy ]]; then
-    printf '#!/bin/sh\nexit 101\n' >$policy
-    chmod +x $policy
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
     trap 'rm -f $policy' EXIT
 fi
 apt-get install -qq -y --no-install-recommends slurm-wlm munge openssh-server openssh-client iproute2 util-linux

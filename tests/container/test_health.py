@@ -44,3 +44,17 @@ def test_health_is_that_of_the_newest_run(tmp_path, metrics, end, expected):
     code, message = health(tmp_path)
     assert code == expected[0]
     assert message.startswith(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"status": "failed", "reason": "a\\u001b[31mb\\u009bc"}', r"runs/new: a\x1b[31mb\x9bc"),
+        ("[]", "runs/new/exit.json: not an object with `status` and `reason`"),
+        ('{"status": "failed"}', "runs/new/exit.json: not an object with `status` and `reason`"),
+        ("not JSON", "runs/new/exit.json: not an object with `status` and `reason`"),
+    ],
+)
+def test_what_exit_json_holds_is_one_printable_line(tmp_path, content, expected):
+    write(tmp_path / "runs/new/exit.json", content)
+    assert health(tmp_path) == (1, expected)

@@ -345,9 +345,9 @@ def test_dry_run_of_vit_b16_counts_parameters_and_names_missing_shards():
 
 def test_scripts_are_told_the_run_directory_and_nothing_is_made(tmp_path):
     code, output = train("--print-run-dir", "--config", "configs/vit_b16_in1k.yaml", "engine.precision=no")
-    assert (code, output) == (0, f"{ROOT}/runs/vit_b16_in1k\n")
-    code, output = train("--print-run-dir", f"run.dir={tmp_path}/a run")
-    assert (code, output) == (0, f"{tmp_path}/a run\n")
+    assert (code, output) == (0, f"700 {ROOT}/runs/vit_b16_in1k\n")
+    code, output = train("--print-run-dir", f"run.dir={tmp_path}/a run", "run.mode=750")
+    assert (code, output) == (0, f"750 {tmp_path}/a run\n")
     assert not list(tmp_path.iterdir())
 
 
