@@ -44,7 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be trained, check the shards, and stop"
     )
-    parser.add_argument("--print-run-dir", action="store_true", help="print mode and path of the run directory and stop")
+    parser.add_argument(
+        "--print-run-dir", action="store_true", help="print mode and path of the run directory and stop"
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that override the config's")
     return parser.parse_intermixed_args(arguments)
