@@ -280,7 +280,7 @@ def open_local(path: str) -> int:
 
 def check_kind(mode: int) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a folder fails by itself
-        raise Refused("not a regular file")
+        raise Refused("a device, a named pipe or a socket, expected a regular file")
 
 
 def write_board(board: np.ndarray, text: str) -> None:

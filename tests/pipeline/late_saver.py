@@ -23,6 +23,7 @@ dist.init_process_group("gloo")
 class Savable(Engine):
     def __init__(self):
         self.ranks, self.config = Ranks(rank, 2, rank, 2), EngineConfig(timeout_seconds=2)
+        self.device = torch.device("cpu")
         self.value, self.late = 1.0, 4.0
 
     def state(self, memory=None):

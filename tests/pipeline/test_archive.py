@@ -528,8 +528,8 @@ def test_a_write_leaves_the_parts_of_another_prefix_alone(images, tmp_path, comm
     (tmp_path / "out").mkdir()
     (tmp_path / "out/classes.json").write_text('["a"]')
     (tmp_path / "out/val-small-plan.json").write_text("{}")
-    theirs = tmp_path / "out/val-small-000000.tar.123.part"
-    mine = tmp_path / "out/val-000000.tar.123.part"
+    theirs = tmp_path / "out/.val-small-000000.tar.0123456789abcdef.part"
+    mine = tmp_path / "out/.val-000000.tar.0123456789abcdef.part"
     theirs.write_bytes(b"x")
     code, output = command("write", images, tmp_path / "out", "--prefix", "val")
     assert code == 0, output

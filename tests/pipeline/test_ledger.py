@@ -146,7 +146,7 @@ def test_lines_that_a_full_disk_cut_are_completed(tmp_path, monkeypatch, capfd):
             return super().write(data[:room])
 
     log = Lines(str(tmp_path / "log.jsonl"))
-    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: Disk(path, "a"))
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering, opener: Disk(path, "a", opener=opener))
     log.write({"step": 1})
     log.flush()
     log.write({"step": 2})
