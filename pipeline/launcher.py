@@ -100,6 +100,10 @@ class FixedNodes(RendezvousHandler):
 class SignedBackend(C10dRendezvousBackend):
     """Torch's, whose callers unpickle the state: hands out what is signed, and nothing else."""
 
+    @property
+    def name(self) -> str:
+        return "elastic"  # torch compares it with --rdzv-backend
+
     def get_state(self) -> tuple[bytes, Token] | None:
         return self._checked(super().get_state())
 
