@@ -243,7 +243,8 @@ def test_no_secret_and_no_control_character_leaves_a_run(locked, tmp_path, capfd
         shutil.copy(index / "index.bin", tmp_path / "served")
         said.append(call(capfd, monkeypatch, evaluate.main, run, "--data", urls[1], "--predictions", predictions,
                          "--workers", 0))  # fmt: skip
-    rows = list(csv.reader(predictions.open(newline="")))
+    with predictions.open(newline="") as file:
+        rows = list(csv.reader(file))
     assert len(rows) == 8
     assert {row[3] for row in rows} >= {"'=cmd()", printable(CLASSES[1])}
     assert all(not RAW.search(cell) for row in rows for cell in row)
