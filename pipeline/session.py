@@ -81,7 +81,8 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
     if parsed.print_run_dir:
         if "\n" in config.run.dir:  # the scripts take the last line of what is printed
             raise UserError(f"run.dir={config.run.dir!r}: holds a line break; choose another run.dir")
-        print(config.run.mode, os.path.abspath(config.run.dir))
+        # For scripts, which need the name as it is: not screened.
+        print(config.run.mode, os.path.abspath(config.run.dir), file=sys.__stdout__, flush=True)
         return 0
     ranks = read_ranks(os.environ)
     export_ranks(ranks, os.environ)

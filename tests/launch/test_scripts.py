@@ -6,6 +6,7 @@ Stubs on PATH stand for Slurm, ssh and the trainer: a real cluster takes seconds
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -217,3 +218,16 @@ def test_tensorboard_takes_no_run_whose_name_it_would_split(site):
     code, output = site.bash("launch/tensorboard.sh", "a,b:c")
     assert code == 2
     assert "a,b:c: tensorboard splits names at commas and colons" in output
+
+
+def test_the_name_of_the_run_directory_reaches_the_scripts_as_it_is(tmp_path):
+    """What looks like a secret in it is masked elsewhere."""
+    run = tmp_path / "decay#wd=0.1;lr=1"
+    assert train("--print-run-dir", f"run.dir={run}") == (0, f"700 {run}\n")
+
+
+def test_what_a_launcher_starts_shows_no_secret_before_its_options_are_known():
+    command = [sys.executable, "launch/start.py", "--data.train=http://SECRET:SECRET@h/x.tar?token=SECRET"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "unrecognized arguments: --data.train=http://***@h/x.tar?token=***" in done.stderr
+    assert "SECRET" not in done.stdout + done.stderr
