@@ -173,10 +173,11 @@ def test_a_pipe_in_place_of_restarts_does_not_hang_the_job(site):
 
 
 def test_a_line_break_in_the_name_of_the_run_directory_is_refused():
-    """The scripts take the last line of what is printed: it would be another folder."""
-    code, output = train("--print-run-dir", 'run.dir="runs/a\\n/another"')
-    assert code == 2
-    assert "run.dir='runs/a\\n/another': holds a line break; choose another run.dir" in output
+    """The scripts take the last line of what is printed: it would be another folder. They also show it."""
+    for name, shown in ((r"runs/a\n/another", r"runs/a\n/another"), (r"runs/\e[2J", r"runs/\x1b[2J")):
+        code, output = train("--print-run-dir", f'run.dir="{name}"')
+        assert code == 2
+        assert f"run.dir='{shown}': holds control characters; choose another run.dir" in output
 
 
 def test_a_new_run_directory_is_private(site, tmp_path):
