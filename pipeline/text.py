@@ -20,17 +20,19 @@ SHOWN = frozenset(
      "revision", "shard", "split", "version", "versionid")
 )  # fmt: skip
 _USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#]*)@")
-_QUERY = re.compile(r"""([?&;#])([^\s?&;#='"<>]{1,100})=([^\s&;#"<>]*?)(?=[:,.)\]']{0,3}(?:[\s&;#"<>]|$))""")
+_QUERY = re.compile(r"""([?&;#])([^\s?&;#='"<>]{1,100})=([^\s&;#"<>]*?)(?=[:,.)\]']{0,3}(?:[\s&;#"<>]|\\"|$))""")
+# The secrets below may stand in JSON, whose quotes (also escaped ones) are not theirs.
+_WORD = r"""(?:\\[^"]|[^\s'"\\])"""
 _HEADER = re.compile(
-    r"""(?i)\b((?:proxy-)?authorization|cookie|x-[\w-]{0,40}(?:token|key|auth|secret|signature)[\w-]{0,40})(\s{0,9}:\s{0,9})[^'"\n]+"""
+    r"""(?i)\b((?:proxy-)?authorization|cookie|x-[\w-]{0,40}(?:token|key|auth|secret|signature)[\w-]{0,40})(\s{0,9}:\s{0,9})(?:\\[^"\n]|[^'"\n\\])+"""
 )
 _FLAG = re.compile(
-    r"""(?<!\S)(--(?:user|proxy-user|http-user|password|http-password|token|oauth2-bearer|[\w-]{0,40}secret[\w-]{0,40}"""
-    r"""|[\w-]{0,40}access-key[\w-]{0,40}|[\w-]{0,40}api-key|sas-token|account-key)[ =]\s*)('[^']*'|"[^"]*"|\S+)"""
-    r"""|(?<!\S)(-u ?)('[^']*:[^']*'|"[^"]*:[^"]*"|\S+:\S+)"""
+    r"""(?<![^\s'"])(--(?:user|proxy-user|http-user|password|http-password|token|oauth2-bearer|[\w-]{0,40}secret[\w-]{0,40}"""
+    r"""|[\w-]{0,40}access-key[\w-]{0,40}|[\w-]{0,40}api-key|sas-token|account-key)[ =]\s*)('[^']*'|"[^"]*"|"""
+    rf"""{_WORD}+)|(?<![^\s'"])(-u ?)('[^']*:[^']*'|"[^"]*:[^"]*"|[^\s'":]+:{_WORD}+)"""
 )
 _VARIABLE = re.compile(
-    r"""\b(\w{0,60}(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY)\w{0,60}=)('[^']*'|"[^"]*"|[^\s;'"]+)"""
+    r"""\b(\w{0,60}(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY)\w{0,60}=)('[^']*'|"[^"]*"|(?:\\[^"]|[^\s;'"\\])+)"""
 )
 _TOKEN = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|(?<=\b[Bb]earer )[^\s'\"]+")
 

@@ -66,6 +66,20 @@ def test_what_is_no_secret_stays(text):
     assert shown(text) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["pipe:curl --token=S", "pipe:curl -u me:S", "pipe:curl -u 'me:S'", 'the URL "http://h/x?token=S" is bad',
+     "TOKEN=S", "pipe:curl -H 'X-Token: S'", 'curl -H "X-Token: S"', 'curl -H "Cookie: S" | "TOKEN=S" "--token S"', "?token=S",
+     r"--token S\$S", r"TOKEN=S\$S x"],
+)  # fmt: skip
+def test_masked_json_is_json(text):
+    """Such as preflight's report, whose texts are masked when they are made and when they are printed."""
+    for written in (json.dumps({"text": text, "number": 1}), json.dumps([mask_secrets(text)])):
+        found = mask_secrets(written)
+        json.loads(found)
+        assert "S" not in found.replace("TOKEN=", "")
+
+
 @pytest.mark.parametrize("piece", ["SECRET", "?a=", "?a=::::", "a.", "a://", "x-token", "&", "-u ", "--secret-", "'"])
 def test_masking_takes_time_in_proportion_to_the_text(piece):
     began = time.process_time()
