@@ -153,7 +153,10 @@ def write_index(
                             " data.index=FOLDER")  # fmt: skip
     if len(set(homes)) < len(homes):
         twice = next(url for url, place in zip(urls, homes, strict=True) if homes.count(place) > 1)
-        raise UserError(f"{twice}: another shard has the same name, and {folder} can hold only one; index them apart")
+        why = " (of a query only what names a file counts, such as file=)" if is_http(twice) and "?" in twice else ""
+        raise UserError(
+            f"{twice}: another shard has the same name{why}, and {folder} can hold only one; index them apart"
+        )
     scans: dict[str, Scan] = {}
     with contextlib.closing(_scans(urls, processes, limits)) as found:
         for scan in found:

@@ -91,6 +91,8 @@ def test_a_url_that_is_signed_anew_names_the_same_file():
     for url in ("http://user:pw@h/a/x.tar?X-Amz-Signature=1", "http://h/a/x.tar?sig=2&se=3", "http://h/a/x.tar"):
         assert base_name(url) == "x.tar"
     assert base_name("http://h/get?file=x.tar&token=1") == "get?file=x.tar"
+    shares = [f"https://cloud.example.org/s/AbC/download?path=%2F&files=train-{number}.tar" for number in range(2)]
+    assert len(set(map(base_name, shares))) == 2, "shards of a Nextcloud share differ in their query only"
     assert inside(folder_of("http://u:p@h/a/x.tar?sig=1&file=x"), "index.json") == "http://u:p@h/a/index.json?sig=1"
     assert inside(folder_of("a/x?y=1.tar"), "index.json") == "a/index.json"
     assert folder_of("x.tar") == "."
