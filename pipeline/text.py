@@ -16,8 +16,8 @@ CONTROL_BUT_LAYOUT = re.compile(CONTROL.pattern.replace("\x00-\x1f", "\x00-\x08\
 
 # Parameters of a query that say which file is meant. The values of all others are masked: they may be secrets.
 SHOWN = frozenset(
-    ("alt", "dl", "download", "export", "f", "file", "fileid", "filename", "files", "format", "generation", "id", "item",
-     "name", "object", "objectid", "part", "path", "raw", "revision", "shard", "split", "version", "versionid")
+    ("alt", "dl", "download", "export", "f", "file", "fileid", "filename", "files", "format", "generation", "id",
+     "item", "name", "object", "objectid", "part", "path", "raw", "revision", "shard", "split", "version", "versionid")
 )  # fmt: skip
 _USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#]*)@")
 _QUERY = re.compile(r"""([?&;#])([^\s?&;#='"<>]{1,100})=([^\s&;#"<>]*?)(?=[:,.)\]']{0,3}(?:[\s&;#"<>]|\\"|$))""")

@@ -84,7 +84,8 @@ def test_what_differs_on_one_node_is_named_with_its_fix(digits, tmp_path):
     )
     (tmp_path / "own").mkdir()
     (tmp_path / "shared").mkdir()
-    mounts = f"mount --bind /dev/null {digits}/train-002.tar && mount --bind {tmp_path}/own {tmp_path}/shared"
+    (tmp_path / "empty").touch()
+    mounts = f"mount --bind {tmp_path}/empty {digits}/train-002.tar && mount --bind {tmp_path}/own {tmp_path}/shared"
     mounts += " && mount -t tmpfs -o size=1m tmpfs /dev/shm"
     job = Job(*data(digits), f"run.dir={tmp_path / 'shared/run'}", world_size=2)
     codes, checks, _ = job.start(0, node="alpha").start(1, environ, node="beta", first=mounts).end()
