@@ -19,7 +19,10 @@ SHOWN = frozenset(
     ("alt", "dl", "download", "export", "f", "file", "fileid", "filename", "files", "format", "generation", "id",
      "item", "name", "object", "objectid", "part", "path", "raw", "revision", "shard", "split", "version", "versionid")
 )  # fmt: skip
-_USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#]*)@")
+# Also a password with a `/`, `?` or `#`, which it should not have as it is.
+_USERINFO = re.compile(
+    r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#]*|[^\s/?#:@\[]{1,100}:(?!/|[0-9]{1,5}(?:[/?#]|$))[^\s@]{1,200})@"
+)
 _QUERY = re.compile(r"""([?&;#])([^\s?&;#='"<>]{1,100})=([^\s&;#"<>]*?)(?=[:,.)\]']{0,3}(?:[\s&;#"<>]|\\"|$))""")
 # The secrets below may stand in JSON, whose quotes (also escaped ones) are not theirs.
 _WORD = r"""(?:\\[^"]|[^\s'"\\])"""
@@ -57,6 +60,11 @@ def _mask_userinfo(match: re.Match) -> str:
     if scheme.lower() in ("abfs", "abfss", "wasb", "wasbs") and ":" not in user:
         return match[0]  # Azure writes the container's name there
     return f"{scheme}://{MASK}@"
+
+
+def has_login(url: str) -> bool:
+    """Whether a URL begins with a user name or a password."""
+    return _USERINFO.match(url) is not None
 
 
 def printable(text: str) -> str:
