@@ -3,7 +3,9 @@
 import sys
 
 from pipeline.preflight import main
+from pipeline.text import screen_output
 
 if __name__ == "__main__":
+    screen_output()
     # Ranks come minutes apart where torch is read over a network.
     sys.exit(main(["--then-train", "--timeout-seconds", "120", *sys.argv[1:]]))

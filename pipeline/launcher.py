@@ -1,19 +1,22 @@
 """torchrun and `accelerate launch` whose ports only the job's own machines reach.
 
     python -m pipeline.launcher torchrun --nproc-per-node 2 pipeline/train.py ...
-    python -m pipeline.launcher accelerate --multi_gpu --num_processes 2 --rdzv_backend fixed ... pipeline/train.py ...
+    python -m pipeline.launcher accelerate --multi_gpu --num_processes 2 ... pipeline/train.py ...
 
 Adds two rendezvous backends to torch's own (`--rdzv-backend`). Torch's c10d listens on all addresses, and the launchers
 unpickle what they find in its store every few seconds.
 
-fixed (the default): the number of nodes does not change. Nothing is pickled. The head's launcher hosts the store, at
---rdzv-endpoint; on one machine that is the loopback interface. --rdzv-conf: is_host=true on the head (one machine: not
-needed), node_rank=N (default: the head, then by address), ranks=N of a node (a single process needs no store).
+fixed (the default, also in place of `static`, --standalone, and c10d on one machine): the number of nodes does not
+change. Nothing is pickled. The head's launcher hosts the store, at --rdzv-endpoint; on one machine that is the loopback
+interface. --rdzv-conf: is_host=true on the head (one machine: not needed), node_rank=N (default: the head, then by
+address), ranks=N of a node (a single process needs no store). Or as for `static`: --master-addr, --master-port and
+--node-rank.
 
 elastic: nodes come and go (--nnodes MIN:MAX), and ranks start again (--max-restarts). This is torch's c10d, bound to
 the head's address, and its pickled state is signed with RENDEZVOUS_SECRET and checked before it is unpickled.
 """
 
+import argparse
 import ipaddress
 import os
 import socket
@@ -37,6 +40,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from pipeline.errors import UserError
 from pipeline.runtime import LOOPBACK
 from pipeline.store import SECRET, connect, listen, seal, serve, unseal
+from pipeline.text import screen_output
 
 JOIN_SECONDS = 600  # that nodes wait for each other
 READ_SECONDS = 60  # that a node waits for the head of an elastic run
@@ -140,7 +144,8 @@ def open_head(address: str, port: int, is_host: bool, seconds: float) -> Any:
     """The store at the head node, hosted by this process if it is on the head."""
     if is_host:
         store = host(address, port, seconds)
-        if not ipaddress.ip_address(socket.gethostbyname(address)).is_private:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][4][0]
+        if not ipaddress.ip_address(str(found)).is_private:
             warn(f"{address} is a public address: close its port {port} to all but the machines of this run")
         return store
     try:
@@ -159,6 +164,21 @@ def host(address: str, port: int, seconds: float) -> Any:
         raise UserError(f"can't listen on {address}:{port}: {error.strerror}; end what listens there") from None
 
 
+def closed(args: argparse.Namespace) -> argparse.Namespace:
+    """torchrun's options, with our rendezvous where torch's own would listen on all addresses.
+
+    `accelerate launch` names `static` if nothing was said, and asks for --standalone where port 29500 is taken.
+    """
+    if args.standalone or args.nnodes in ("1", "1:1"):
+        args.standalone, args.rdzv_backend, args.rdzv_endpoint = False, "fixed", f"{LOOPBACK}:0"
+    elif args.rdzv_backend == "static":
+        args.rdzv_backend = "fixed"
+        args.rdzv_endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or 29500}"
+        place = f"is_host={args.node_rank == 0},node_rank={args.node_rank}"
+        args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, place)))
+    return args
+
+
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -168,8 +188,9 @@ def main(arguments: list[str]) -> None:
     rendezvous_handler_registry.register("elastic", elastic)
     if arguments[:1] not in (["torchrun"], ["accelerate"]):
         sys.exit(__doc__)
-    os.environ.setdefault("PET_RDZV_BACKEND", "fixed")
-    os.environ.setdefault("PET_RDZV_ENDPOINT", f"{LOOPBACK}:0")
+    run = torchrun.run
+    torchrun.run = lambda args: run(closed(args))
+    screen_output()  # accelerate prints the command that has failed, whose URLs may hold secrets
     sys.argv = arguments  # the launchers read it
     try:
         if arguments[0] == "torchrun":

@@ -22,7 +22,7 @@ from pipeline.runtime import (
     read_ranks,
     survive_a_full_log,
 )
-from pipeline.text import masked_words
+from pipeline.text import masked_words, printable
 
 EXIT_USER_ERROR = 2
 EXIT_PEER_LOST = EXIT_WORKER_DIED = EXIT_CRASH = 1
@@ -79,9 +79,10 @@ def _train(parsed: argparse.Namespace, stop: StopSignal, ending: contextlib.Exit
     config = load_config(parsed.config, parsed.overrides)
     assert config.run.dir is not None
     if parsed.print_run_dir:
-        if "\n" in config.run.dir:  # the scripts take the last line of what is printed
-            raise UserError(f"run.dir={config.run.dir!r}: holds a line break; choose another run.dir")
-        print(config.run.mode, os.path.abspath(config.run.dir))
+        if printable(config.run.dir) != config.run.dir:  # the scripts take the last line, and show it
+            raise UserError(f"run.dir={config.run.dir!r}: holds control characters; choose another run.dir")
+        # For scripts, which need the name as it is: not screened.
+        print(config.run.mode, os.path.abspath(config.run.dir), file=sys.__stdout__, flush=True)
         return 0
     ranks = read_ranks(os.environ)
     export_ranks(ranks, os.environ)

@@ -16,21 +16,26 @@ CONTROL_BUT_LAYOUT = re.compile(CONTROL.pattern.replace("\x00-\x1f", "\x00-\x08\
 
 # Parameters of a query that say which file is meant. The values of all others are masked: they may be secrets.
 SHOWN = frozenset(
-    ("alt", "dl", "download", "export", "file", "filename", "format", "generation", "id", "name", "part", "path", "raw",
-     "revision", "shard", "split", "version", "versionid")
+    ("alt", "dl", "download", "export", "f", "file", "fileid", "filename", "files", "format", "generation", "id",
+     "item", "name", "object", "objectid", "part", "path", "raw", "revision", "shard", "split", "version", "versionid")
 )  # fmt: skip
-_USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#]*)@")
-_QUERY = re.compile(r"""([?&;#])([^\s?&;#='"<>]{1,100})=([^\s&;#"<>]*?)(?=[:,.)\]']{0,3}(?:[\s&;#"<>]|$))""")
+# Also a password with a `/`, `?` or `#`, which it should not have as it is.
+_USERINFO = re.compile(
+    r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s/?#]*|[^\s/?#:@\[]{1,100}:(?!/|[0-9]{1,5}(?:[/?#]|$))[^\s@]{1,200})@"
+)
+_QUERY = re.compile(r"""([?&;#])([^\s?&;#='"<>]{1,100})=([^\s&;#"<>]*?)(?=[:,.)\]']{0,3}(?:[\s&;#"<>]|\\"|$))""")
+# The secrets below may stand in JSON, whose quotes (also escaped ones) are not theirs.
+_WORD = r"""(?:\\[^"]|[^\s'"\\])"""
 _HEADER = re.compile(
-    r"""(?i)\b((?:proxy-)?authorization|cookie|x-[\w-]{0,40}(?:token|key|auth|secret|signature)[\w-]{0,40})(\s{0,9}:\s{0,9})[^'"\n]+"""
+    r"""(?i)\b((?:proxy-)?authorization|cookie|x-[\w-]{0,40}(?:token|key|auth|secret|signature)[\w-]{0,40})(\s{0,9}:\s{0,9})(?:\\[^"\n]|[^'"\n\\])+"""
 )
 _FLAG = re.compile(
-    r"""(?<!\S)(--(?:user|proxy-user|http-user|password|http-password|token|oauth2-bearer|[\w-]{0,40}secret[\w-]{0,40}"""
-    r"""|[\w-]{0,40}access-key[\w-]{0,40}|[\w-]{0,40}api-key|sas-token|account-key)[ =]\s*)('[^']*'|"[^"]*"|\S+)"""
-    r"""|(?<!\S)(-u ?)('[^']*:[^']*'|"[^"]*:[^"]*"|\S+:\S+)"""
+    r"""(?<![^\s'"])(--(?:user|proxy-user|http-user|password|http-password|token|oauth2-bearer|[\w-]{0,40}secret[\w-]{0,40}"""
+    r"""|[\w-]{0,40}access-key[\w-]{0,40}|[\w-]{0,40}api-key|sas-token|account-key)[ =]\s*)('[^']*'|"[^"]*"|"""
+    rf"""{_WORD}+)|(?<![^\s'"])(-u ?)('[^']*:[^']*'|"[^"]*:[^"]*"|[^\s'":]+:{_WORD}+)"""
 )
 _VARIABLE = re.compile(
-    r"""\b(\w{0,60}(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY)\w{0,60}=)('[^']*'|"[^"]*"|[^\s;'"]+)"""
+    r"""\b(\w{0,60}(?:SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCOUNT_KEY)\w{0,60}=)('[^']*'|"[^"]*"|(?:\\[^"]|[^\s;'"\\])+)"""
 )
 _TOKEN = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|(?<=\b[Bb]earer )[^\s'\"]+")
 
@@ -55,6 +60,11 @@ def _mask_userinfo(match: re.Match) -> str:
     if scheme.lower() in ("abfs", "abfss", "wasb", "wasbs") and ":" not in user:
         return match[0]  # Azure writes the container's name there
     return f"{scheme}://{MASK}@"
+
+
+def has_login(url: str) -> bool:
+    """Whether a URL begins with a user name or a password."""
+    return _USERINFO.match(url) is not None
 
 
 def printable(text: str) -> str:

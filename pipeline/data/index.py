@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -28,7 +29,7 @@ from pipeline.errors import UserError, shorten
 from pipeline.files import is_partial_of, write_durably
 from pipeline.lease import Lease, acquire
 from pipeline.parsing import MAX_JSON_BYTES, check_size, check_size_of, parse_json, read_small
-from pipeline.text import base_name, folder_of, inside, mask_secrets
+from pipeline.text import base_name, folder_of, has_login, inside, mask_secrets
 
 FORMAT = 3
 BLOCK = 4096  # records that are read, and checked, together
@@ -106,7 +107,7 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
     """Expands braces (`train-{000..127}.tar`) in one pattern or each of a list.
 
     Raises:
-        UserError: no shard, or the same shard twice.
+        UserError: no shard, the same shard twice, or a URL whose password is in the wrong place.
     """
     from braceexpand import braceexpand
 
@@ -119,7 +120,23 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
         if url in seen:
             raise UserError(f"{url}: named twice; each sample would come twice an epoch")
         seen.add(url)
+        check_login(url)
     return expanded
+
+
+def check_login(url: str) -> None:
+    """Raises UserError where a library would take a password for something else, and print it."""
+    if url.startswith(("s3://", "gs://", "gcs://")) and has_login(url):
+        raise UserError(
+            f"{url}: no user name or key can stand there; set it in the environment (AWS_ACCESS_KEY_ID, ...)"
+        )
+    if is_http(url):
+        try:
+            urlsplit(url).port  # noqa: B018  # reading it checks it
+        except ValueError:
+            raise UserError(
+                f"{url}: no host and port stand there; in a password write / as %2F, ? as %3F and # as %23"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -153,7 +170,10 @@ def write_index(
                             " data.index=FOLDER")  # fmt: skip
     if len(set(homes)) < len(homes):
         twice = next(url for url, place in zip(urls, homes, strict=True) if homes.count(place) > 1)
-        raise UserError(f"{twice}: another shard has the same name, and {folder} can hold only one; index them apart")
+        why = " (of a query only what names a file counts, such as file=)" if is_http(twice) and "?" in twice else ""
+        raise UserError(
+            f"{twice}: another shard has the same name{why}, and {folder} can hold only one; index them apart"
+        )
     scans: dict[str, Scan] = {}
     with contextlib.closing(_scans(urls, processes, limits)) as found:
         for scan in found:

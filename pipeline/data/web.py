@@ -289,7 +289,8 @@ def _connections(process: int, allowed: frozenset[str] | None) -> Any:
             seconds = self._seconds()
             end = time.monotonic() + seconds
             failure: Exception = OSError(f"{self._dns_host}: no address")
-            for *_, address in socket.getaddrinfo(self._dns_host, self.port or 0, type=socket.SOCK_STREAM):
+            found = socket.getaddrinfo(self._dns_host, self.port or 0, type=socket.SOCK_STREAM)
+            for number, (*_, address) in enumerate(found):
                 host = str(address[0])
                 self.place = address_kind(host)
                 if allowed is not None and self.place not in allowed:
@@ -298,7 +299,7 @@ def _connections(process: int, allowed: frozenset[str] | None) -> Any:
                         " user's own URLs may lead"
                     )
                     continue
-                left = end - time.monotonic()
+                left = (end - time.monotonic()) / (len(found) - number)  # one that is silent leaves time for others
                 if left <= 0:
                     raise TimeoutError(f"{self.host}: no connection within {seconds:.3g} s")
                 try:

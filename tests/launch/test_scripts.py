@@ -6,6 +6,7 @@ Stubs on PATH stand for Slurm, ssh and the trainer: a real cluster takes seconds
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -172,10 +173,11 @@ def test_a_pipe_in_place_of_restarts_does_not_hang_the_job(site):
 
 
 def test_a_line_break_in_the_name_of_the_run_directory_is_refused():
-    """The scripts take the last line of what is printed: it would be another folder."""
-    code, output = train("--print-run-dir", 'run.dir="runs/a\\n/another"')
-    assert code == 2
-    assert "run.dir='runs/a\\n/another': holds a line break; choose another run.dir" in output
+    """The scripts take the last line of what is printed: it would be another folder. They also show it."""
+    for name, shown in ((r"runs/a\n/another", r"runs/a\n/another"), (r"runs/\e[2J", r"runs/\x1b[2J")):
+        code, output = train("--print-run-dir", f'run.dir="{name}"')
+        assert code == 2
+        assert f"run.dir='{shown}': holds control characters; choose another run.dir" in output
 
 
 def test_a_new_run_directory_is_private(site, tmp_path):
@@ -217,3 +219,16 @@ def test_tensorboard_takes_no_run_whose_name_it_would_split(site):
     code, output = site.bash("launch/tensorboard.sh", "a,b:c")
     assert code == 2
     assert "a,b:c: tensorboard splits names at commas and colons" in output
+
+
+def test_the_name_of_the_run_directory_reaches_the_scripts_as_it_is(tmp_path):
+    """What looks like a secret in it is masked elsewhere."""
+    run = tmp_path / "decay#wd=0.1;lr=1"
+    assert train("--print-run-dir", f"run.dir={run}") == (0, f"700 {run}\n")
+
+
+def test_what_a_launcher_starts_shows_no_secret_before_its_options_are_known():
+    command = [sys.executable, "launch/start.py", "--data.train=http://SECRET:SECRET@h/x.tar?token=SECRET"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "unrecognized arguments: --data.train=http://***@h/x.tar?token=***" in done.stderr
+    assert "SECRET" not in done.stdout + done.stderr

@@ -1,11 +1,14 @@
 """Which ports a run opens, and what a stranger who reaches its store can do there: no code of his runs."""
 
 import base64
+import contextlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -16,10 +19,10 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, Rendezvou
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from pipeline import meeting
+from pipeline import launcher, meeting
 from pipeline.drill import last_step
 from pipeline.errors import UserError
-from pipeline.launcher import FixedNodes, elastic
+from pipeline.launcher import FixedNodes, elastic, open_head
 from pipeline.meeting import Meeting
 from pipeline.runtime import Ranks, Rendezvous, export_ranks, read_rendezvous
 from pipeline.store import SECRET
@@ -159,6 +162,51 @@ def test_nodes_that_nobody_has_numbered_are_ranked_by_address_after_the_head():
     assert {found.bootstrap_store_info.master_port for found in joined.values()} == {port}
 
 
+@pytest.mark.parametrize(
+    ("words", "backend", "endpoint"),
+    [
+        ("torchrun --nproc-per-node 2", "fixed", "127.0.0.1:0"),
+        ("torchrun --standalone --nproc-per-node 2", "fixed", "127.0.0.1:0"),
+        ("torchrun --rdzv-backend c10d --nproc-per-node 2", "fixed", "127.0.0.1:0"),
+        ("torchrun --nnodes 2 --node-rank 1 --master-addr n1 --master-port 5", "fixed", "n1:5"),
+        ("torchrun --nnodes 2 --node-rank 1 --master-addr n1", "fixed", "n1:29500"),
+        ("torchrun --nnodes 1:2 --rdzv-backend elastic --rdzv-endpoint n1:5", "elastic", "n1:5"),
+        ("accelerate --multi_gpu --num_processes 2 --num_machines 1", "fixed", "127.0.0.1:0"),
+        ("accelerate --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {taken}", "fixed",
+         "127.0.0.1:0"),
+        ("accelerate --multi_gpu --num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip n1"
+         " --main_process_port 5", "fixed", "n1:5"),
+    ],
+)  # fmt: skip
+def test_whatever_our_launcher_is_told_it_uses_our_rendezvous(monkeypatch, words, backend, endpoint):
+    """torch's own would listen on all addresses. `accelerate` takes it where its usual port is taken."""
+    started = []
+    monkeypatch.setattr(launcher.torchrun, "run", started.append)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(launcher, "screen_output", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as server, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        launcher.main([*words.format(taken=server.getsockname()[1]).split(), "script.py"])
+    (found,) = started
+    assert (found.standalone, found.rdzv_backend, found.rdzv_endpoint) == (False, backend, endpoint)
+    assert ("is_host=False,node_rank=1" in found.rdzv_conf) == (backend == "fixed" and "n1:" in endpoint)
+
+
+def test_an_ipv6_address_of_the_head_will_do(monkeypatch):
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        assert open_head("::1", free_port(), True, 5.0).port
+
+
+@pytest.mark.integration
+def test_a_launcher_shows_no_secret_of_the_command_that_failed():
+    words = ["accelerate", "--config_file", "launch/accelerate/one_process.yaml", "pipeline/train.py",
+             "data.train=http://SECRET:SECRET@h/x.tar?token=SECRET", "data.nothing=1"]  # fmt: skip
+    command = [sys.executable, "-m", "pipeline.launcher", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment({}), capture_output=True, text=True, timeout=100)
+    assert "CalledProcessError" in done.stderr
+    assert "SECRET" not in done.stdout + done.stderr
+
+
 GATHER = """
 import json, sys
 import torch, torch.distributed as dist
@@ -221,11 +269,11 @@ def test_a_run_on_one_machine_listens_on_loopback_only_and_one_process_not_at_al
     try:
         until(lambda: last_step(str(run)) > 2 or process.poll() is not None, pause=0.1)
         assert process.poll() is None, process.communicate()[0]
-        launcher = psutil.Process(process.pid)
-        assert {where for where, _ in listening(launcher, *launcher.children(recursive=True))} == (
+        parent = psutil.Process(process.pid)
+        assert {where for where, _ in listening(parent, *parent.children(recursive=True))} == (
             {"127.0.0.1"} if ranks > 1 else set()
         )
-        stores = listening(launcher)
+        stores = listening(parent)
         assert len(stores) == (ranks > 1)
         for address, port in stores:
             store = dist.TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline import checks, evaluate, shards
 from pipeline.config import load_config
-from pipeline.data.index import load_index
+from pipeline.data.index import expand_urls, load_index
 from pipeline.data.source import Source
 from pipeline.errors import UserError
 from pipeline.monitor import tensorboard
@@ -38,6 +38,7 @@ RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
     [
         ("http://user:pw@h/x.tar?token=S: truncated", "http://***@h/x.tar?token=***: truncated"),
         ("https://user:p@ss@h/x.tar", "https://***@h/x.tar"),
+        ("http://user:S/S?S@h/x.tar", "http://***@h/x.tar"),
         ("http://h/x?file=a.tar&X-Amz-Signature=S&part=3", "http://h/x?file=a.tar&X-Amz-Signature=***&part=3"),
         ("https://a.blob.core.windows.net/c/x?sv=1&sig=a%2Bb%3D", "https://a.blob.core.windows.net/c/x?sv=***&sig=***"),
         ("['http://h/x?token=S', 'b']", "['http://h/x?token=***', 'b']"),
@@ -60,10 +61,25 @@ def test_secrets_are_masked(text, masked):
     "text",
     ["hf://datasets/user/set@main/x.tar", "abfs://container@account.dfs.core.windows.net/x.tar", "s3://bucket/x.tar",
      "cls_token: expected [1, 2], found [3]", "python -u pipeline/train.py data.workers=2 model.depth=3", "a.b@c.org",
+     "http://h:80/a@b/x.tar", "http://[::1]:80/a@b",
      "train-{000..127}.tar", "data.train[0]: found 'x'", "pipe:cat x.tar | tar -c --exclude=a"],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text):
     assert shown(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pipe:curl --token=S", "pipe:curl -u me:S", "pipe:curl -u 'me:S'", 'the URL "http://h/x?token=S" is bad',
+     "TOKEN=S", "pipe:curl -H 'X-Token: S'", 'curl -H "X-Token: S"', 'curl -H "Cookie: S" | "TOKEN=S" "--token S"',
+     "?token=S", r"--token S\$S", r"TOKEN=S\$S x"],
+)  # fmt: skip
+def test_masked_json_is_json(text):
+    """Such as preflight's report, whose texts are masked when they are made and when they are printed."""
+    for written in (json.dumps({"text": text, "number": 1}), json.dumps([mask_secrets(text)])):
+        found = mask_secrets(written)
+        json.loads(found)
+        assert "S" not in found.replace("TOKEN=", "")
 
 
 @pytest.mark.parametrize("piece", ["SECRET", "?a=", "?a=::::", "a.", "a://", "x-token", "&", "-u ", "--secret-", "'"])
@@ -73,10 +89,22 @@ def test_masking_takes_time_in_proportion_to_the_text(piece):
     assert time.process_time() - began < 1
 
 
+@pytest.mark.parametrize(
+    "url", ["s3://KEY:SECRET@bucket/x.tar", "gs://KEY:SEC/RET@bucket/x.tar", "http://u:SECRET/x@h/x.tar"]
+)
+def test_a_password_in_the_wrong_place_is_refused_before_a_library_prints_it(url):
+    with pytest.raises(UserError, match=r"://\*\*\*@.*: no ") as caught:
+        expand_urls(url)
+    assert "SEC" not in str(caught.value)
+    assert expand_urls("http://user:pw@h:80/x@y.tar") == ["http://user:pw@h:80/x@y.tar"]
+
+
 def test_a_url_that_is_signed_anew_names_the_same_file():
     for url in ("http://user:pw@h/a/x.tar?X-Amz-Signature=1", "http://h/a/x.tar?sig=2&se=3", "http://h/a/x.tar"):
         assert base_name(url) == "x.tar"
     assert base_name("http://h/get?file=x.tar&token=1") == "get?file=x.tar"
+    shares = [f"https://cloud.example.org/s/AbC/download?path=%2F&files=train-{number}.tar" for number in range(2)]
+    assert len(set(map(base_name, shares))) == 2, "shards of a Nextcloud share differ in their query only"
     assert inside(folder_of("http://u:p@h/a/x.tar?sig=1&file=x"), "index.json") == "http://u:p@h/a/index.json?sig=1"
     assert inside(folder_of("a/x?y=1.tar"), "index.json") == "a/index.json"
     assert folder_of("x.tar") == "."

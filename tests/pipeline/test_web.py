@@ -268,3 +268,21 @@ def test_connections_are_used_again_and_no_file_stays_open(serve):
         assert source.read(server.url, 0, 4) == b"data"
     assert len(os.listdir("/proc/self/fd")) == before
     assert len(server.requests) == 1  # the others came over the same connection
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next_one(serve, monkeypatch):
+    server = serve(OK)
+    with socket.socket() as silent, contextlib.ExitStack() as waiting:
+        silent.bind(("127.0.0.2", server.port))
+        silent.listen(0)
+        for _ in range(3):  # its queue is full: Linux drops what else knocks
+            knock = waiting.enter_context(socket.socket())
+            knock.setblocking(False)
+            knock.connect_ex(silent.getsockname())
+        real = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo",
+            lambda host, *words, **more: [*real("127.0.0.2", *words, **more), *real("127.0.0.1", *words, **more)]
+            if host == "two.example" else real(host, *words, **more),
+        )  # fmt: skip
+        assert Source(LIMITS).read(server.url.replace("127.0.0.1", "two.example"), 0, 4) == b"data"
