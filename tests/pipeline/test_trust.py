@@ -18,7 +18,7 @@ from pipeline import evaluate as evaluating
 from pipeline import export as exporting
 from pipeline.build import build_model
 from pipeline.config import ALLOW_PIPE_VARIABLE, load_config, load_data_config, to_tree
-from pipeline.data.index import write_file, write_index
+from pipeline.data.index import expand_urls, write_file, write_index
 from pipeline.data.source import ReadConfig
 from pipeline.engine import TrainingState
 from pipeline.errors import UserError
@@ -161,6 +161,13 @@ def test_a_config_cannot_name_a_file_of_templates(url):
     for option in ("data.train", "data.index"):
         with pytest.raises(UserError, match="reference file systems are not read"):
             load_config(DIGITS, [f"{option}={url}"])
+
+
+@pytest.mark.parametrize("url", ["{reference,reference}://x.tar", "ref{e..e}rence::r.json"])
+def test_braces_hide_no_file_of_templates(url):
+    config = load_config(DIGITS, [f"data.train={[url]}"])
+    with pytest.raises(UserError, match="reference file systems are not read"):
+        expand_urls(config.data.train)
 
 
 def test_only_training_runs_a_command(trap, marker, tmp_path, capsys):
