@@ -23,6 +23,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from pipeline import checkpoint
+from pipeline.audit import last_step, logged_samples
 from pipeline.config import load_config
 from pipeline.data.decode import MAX_JPEG_SCANS, decode
 from pipeline.data.index import RECORD, _check_of, load_index, load_records, read_classes, write_index
@@ -30,6 +31,7 @@ from pipeline.data.tar import parse_tar, scan_shard, split_name
 from pipeline.data.write import WriteConfig, write_shards
 from pipeline.engine import TrainingState, check_weights
 from pipeline.errors import UserError, shorten
+from pipeline.monitor.jsonl import read_lines
 from pipeline.parsing import parse_json, parse_yaml
 from pipeline.weights import read_weights
 from vit.model import ViT, ViTConfig
@@ -415,6 +417,39 @@ def test_a_state_of_wrong_types_is_damaged(saved):
         change_manifest(saved, lambda files: files.update({"state.json": checkpoint._facts(str(saved / "state.json"))}))
         with pytest.raises(UserError, match=f"state.json: ValueError: {key}: found .*, expected"):
             checkpoint.require(str(saved))
+
+
+# ---- logs of a run that an audit reads
+
+
+def lines_of(path):
+    return list(read_lines(str(path)))
+
+
+def test_logs_are_read_within_limits(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.symlink_to("/dev/zero")
+    assert "not a regular file" in attack(lines_of, log)
+    log.unlink()
+    os.mkfifo(log)
+    assert "not a regular file" in attack(lines_of, log)
+    log.unlink()
+    log.write_bytes(b"[" * 100_000 + b'\n{"step": 1}\n')
+    assert outcome(lines_of, log) == ("result", "[{'step': 1}]")
+    os.truncate(log, 1 << 30)
+    assert outcome(lines_of, log) == ("result", "[{'step': 1}]")
+
+
+@pytest.mark.parametrize(
+    "row", [{"step": 10**15, "samples": []}, {"step": 0, "samples": []}, {"step": 1}, {"step": 1, "samples": [1]}]
+)
+def test_an_audit_refuses_impossible_rows_of_a_log(tmp_path, row):
+    log = tmp_path / "samples-rank0.jsonl"
+    log.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="expected a step from 1 to 10000000 and the names of its samples"):
+        list(logged_samples(str(log)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 1000000000000000}\n')
+    assert last_step(str(tmp_path)) == 3
 
 
 # ---- configs
