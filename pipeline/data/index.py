@@ -404,7 +404,7 @@ def _read_table(home: str, source: Source) -> dict[str, dict]:
         raise FileNotFoundError(path) from None
     except UserError:
         raise
-    except (KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
         found = FORMAT
     except ValueError as error:
         found, problem = FORMAT, str(error)
