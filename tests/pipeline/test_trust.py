@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.monitor.jsonl import Lines, restore_logs
 from pipeline.monitor.tensorboard import TensorBoard
 from pipeline.report import dry_run
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, create_folder
 from pipeline.runtime import Ranks
 from pipeline.shards import main as shards
 from pipeline.weights import fit_weights
@@ -364,6 +364,12 @@ def test_a_run_directory_is_private_unless_the_user_opens_it(tmp_path, words, ex
     path.chmod(0o755)  # by its owner, later
     start()
     assert mode(path) == 0o755
+
+
+def test_a_run_directory_keeps_the_group_of_its_project(tmp_path):
+    tmp_path.chmod(0o2775)
+    create_folder(str(tmp_path / "new"), 0o750)
+    assert mode(tmp_path / "new") == 0o2750
 
 
 def test_a_folder_that_a_launcher_has_made_becomes_private_and_no_other(tmp_path):
