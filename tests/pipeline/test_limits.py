@@ -410,6 +410,20 @@ def test_a_checkpoint_holds_no_links_out_of_it_nor_devices(saved, tmp_path, name
     assert f"{name} is a link out of the checkpoint" in message or "not a regular file" in message
 
 
+def test_a_checkpoint_in_the_cache_of_huggingface_hub_is_whole(saved, tmp_path):
+    blobs, snapshot = tmp_path / "models--me--vit/blobs", tmp_path / "models--me--vit/snapshots/4b825dc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(saved.iterdir())):
+        file.rename(blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    checkpoint.require(str(snapshot))
+    (blobs / "0").rename(tmp_path / "elsewhere")
+    (blobs / "0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link out of the checkpoint"):
+        checkpoint.require(str(snapshot))
+
+
 def test_a_state_of_wrong_types_is_damaged(saved):
     for key, value in (("step", "3"), ("updates", -1), ("evaluation", [1]), ("classes", [1]), ("config", 5)):
         facts = {"step": 3, "updates": 3, "evaluation": {}, key: value}
