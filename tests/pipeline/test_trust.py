@@ -211,6 +211,13 @@ def test_compiled_code_lies_in_private_folders(home):
     caches.use_private_caches(compiles=True)
 
 
+def test_without_a_home_no_cache_lies_in_the_working_directory(home, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a uid without an entry in passwd
+    monkeypatch.setattr(caches, "_prepare", lambda folder: None)
+    caches.use_private_caches(compiles=True)
+    assert os.path.isabs(os.environ[caches.INDUCTOR])
+
+
 def planted_link(folder):
     (folder.parent / "elsewhere").mkdir()
     folder.symlink_to(folder.parent / "elsewhere")
