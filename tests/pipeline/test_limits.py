@@ -478,7 +478,7 @@ CONFIGS = {
     "merges": (MERGES, "its aliases stand for more than 100000 values"),
     "an alias of itself": ("run: &a [*a]", "line 1: an alias refers to a value that it is a part of"),
     "deep": ("run: " + "[" * 50_000, "nested too deep"),
-    "large": ("run: {dir: " + "x" * 300_000 + "}", "it has 300012 bytes, expected at most 65536"),
+    "large": ("run: {dir: " + "x" * 300_000 + "}", "it has 300012 bytes, expected at most 262144"),
     "a long value": ("run: {steps: 1}\ndata: {workers: '" + "x" * 50_000 + "'}", "data.workers: expected a whole"),
     "a long key": ("x" * 1000 + "y: 1", "unknown key; known here are"),
     "a large section": ("run: {steps: 1}\ndata: [" + "1, " * 20_000 + "]", "data: expected a section with"),
@@ -499,6 +499,13 @@ def test_configs_are_read_within_limits(tmp_path, name):
     message = attack(load_config, str(path))
     assert message.startswith(f"{path}: ")
     assert problem in message
+
+
+def test_a_config_may_name_thousands_of_shards_one_by_one(tmp_path):
+    urls = [f"/mnt/lustre/projects/imagenet/wds/train/imagenet-train-{n:06d}.tar" for n in range(2048)]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"run": {"steps": 1}, "data": {"train": urls}}))
+    assert load_config(str(path)).data.train == tuple(urls)
 
 
 def test_devices_and_pipes_are_no_configs(tmp_path):
