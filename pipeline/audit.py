@@ -16,11 +16,12 @@ from pipeline.data.index import Index, load_index, load_records
 from pipeline.data.order import Order, Plan, Row, random_order
 from pipeline.data.source import Source
 from pipeline.data.tar import grouped
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shorten
 from pipeline.monitor.jsonl import read_lines
 from pipeline.text import printable, shown_url
 
 SIMULATIONS = 200
+MOST_STEPS = 10_000_000  # of a log: each that is missing is counted
 
 
 class Resolver:
@@ -185,7 +186,8 @@ def logged(run: str, index: Index, source: Source, config: RunConfig, start: int
     Steps are named as the log has them, counted from 1. The shards may lie in another folder than during the run.
     """
     pattern = os.path.join(glob.escape(run), "samples-rank*.jsonl")
-    ranks = {int(re.findall(r"\d+", path)[-1]): path for path in glob.glob(pattern)}
+    found_ranks = ((re.search(r"-rank(\d{1,9})\.jsonl$", path), path) for path in glob.glob(pattern))
+    ranks = {int(match[1]): path for match, path in found_ranks if match}
     if not ranks:
         raise UserError(f"{run}: no samples-rank*.jsonl; run with data.log_samples=true")
     plan, batch = config.data.plan, config.data.global_batch_size
@@ -196,8 +198,7 @@ def logged(run: str, index: Index, source: Source, config: RunConfig, start: int
     differing: set[int] = set()
     for rank, path in sorted(ranks.items()):
         mine: set[int] = set()
-        for entry in read_lines(path):
-            step, samples = entry["step"], entry["samples"]
+        for step, samples in logged_samples(path):
             if step <= start or (steps is not None and step > start + steps):
                 continue
             (twice if step in mine else mine).add(step)
@@ -256,9 +257,25 @@ class Names:
         return False
 
 
+def logged_samples(path: str) -> Iterator[tuple[int, list[str]]]:
+    """The steps of a log with the names of their samples.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    for entry in read_lines(path):
+        step, samples = entry["step"], entry.get("samples")
+        if not isinstance(samples, list) or not all(isinstance(s, str) for s in samples) or not 1 <= step <= MOST_STEPS:
+            raise UserError(
+                f"{path}: found {shorten(entry)}, expected a step from 1 to {MOST_STEPS} and the names of its samples;"
+                " audit another run"
+            )
+        yield step, samples
+
+
 def last_step(run: str) -> int | None:
     """The last step that all ranks of a run have logged: what metrics.jsonl has was written after it."""
-    steps = [entry["step"] for entry in read_lines(os.path.join(run, "metrics.jsonl"))]
+    steps = [entry["step"] for entry in read_lines(os.path.join(run, "metrics.jsonl")) if entry["step"] <= MOST_STEPS]
     return max(steps, default=None)
 
 

@@ -27,7 +27,8 @@ def use_private_caches(compiles: bool) -> None:
         UserError: others could write to a cache, and this run `compiles`.
     """
     home = os.environ.get("XDG_CACHE_HOME", "")
-    home = home if os.path.isabs(home) else os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(home):
+        home = os.path.join("/", os.path.expanduser("~"), ".cache")  # where no home is known, `~` stays
     root = os.path.join(home, "vit-pretrain")
     defaults = {INDUCTOR: os.path.join(root, "inductor"), TRITON: os.path.join(root, "triton")}
     spare: str | None = None

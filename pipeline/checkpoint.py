@@ -579,9 +579,13 @@ def _read_manifest(path: str) -> dict[str, Any]:
 
 
 def _refuse_link(path: str, name: str) -> None:
-    """Raises Damaged where a file of a checkpoint is a link out of it."""
-    whole = os.path.join(path, name)
-    if os.path.islink(whole) and os.path.dirname(os.path.realpath(whole)) != os.path.realpath(path):
+    """Raises Damaged where a file of a checkpoint is a link out of it.
+
+    In the cache of huggingface_hub, all files of a snapshot are links to the folder `blobs` beside `snapshots`.
+    """
+    whole, home = os.path.join(path, name), os.path.realpath(path)
+    blobs = os.path.join(home.rpartition("/snapshots/")[0], "blobs")
+    if os.path.islink(whole) and os.path.dirname(os.path.realpath(whole)) not in (home, blobs):
         raise Damaged(f"{name} is a link out of the checkpoint; copy the file there")
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import shorten
 MAX_JSON_BYTES = 64 << 20  # far more than a state with the names of all classes of a large data set
 JSON_BYTES_PER_VALUE = 32  # a text may hold one value for each 32 bytes of its limit
 MAX_SAFETENSORS_HEADER_BYTES = 16 << 20  # names and shapes of 100,000 tensors
-MAX_YAML_BYTES = 64 << 10  # a config has a few thousand; PyYAML reads 100 KB a second
+MAX_YAML_BYTES = 256 << 10  # names 3,000 shards one by one; PyYAML reads 100 KB a second
 MAX_YAML_DEPTH = 100  # of brackets; PyYAML's time grows with their square
 MAX_YAML_VALUES = 100_000  # counted as if each alias was written out
 

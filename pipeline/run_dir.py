@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,7 +52,8 @@ def create_folder(path: str, mode: int) -> None:
 
 def set_mode(path: str, mode: int) -> None:
     with contextlib.suppress(OSError):  # some network file systems have no modes
-        os.chmod(path, mode)
+        # In a project's folder, new files get the group of the folder: this bit says so.
+        os.chmod(path, mode | (os.stat(path).st_mode & stat.S_ISGID))
 
 
 class RunDir:

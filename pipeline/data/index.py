@@ -23,7 +23,7 @@ import fsspec
 import numpy as np
 
 from pipeline.data.parallel import in_processes
-from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe
+from pipeline.data.source import Read, ReadConfig, Source, is_http, is_local, is_pipe, is_reference
 from pipeline.data.tar import MAX_LABEL, MAX_SAMPLE_BYTES, RECORD, UNLABELLED, Scan, scan_shard
 from pipeline.errors import UserError, shorten
 from pipeline.files import is_partial_of, write_durably
@@ -117,6 +117,8 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
         raise UserError("data: no shard is named; set data.train and data.val")
     seen: set[str] = set()
     for url in expanded:
+        if is_reference(url):  # braces may have hidden it from the check of the config
+            raise UserError(f"{url}: reference file systems are not read; name the shards themselves")
         if url in seen:
             raise UserError(f"{url}: named twice; each sample would come twice an epoch")
         seen.add(url)
@@ -422,7 +424,7 @@ def _read_table(home: str, source: Source) -> dict[str, dict]:
         raise FileNotFoundError(path) from None
     except UserError:
         raise
-    except (KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
         found = FORMAT
     except ValueError as error:
         found, problem = FORMAT, str(error)

@@ -7,7 +7,6 @@ rank joins the parts. So a batch is the same for any number of workers.
 import contextlib
 import ctypes
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pipeline.data.decode import decode
 from pipeline.data.index import Index, expand_urls
 from pipeline.data.order import AUGMENT, KeyedGenerator, Order, Plan, auto_lanes
 from pipeline.data.reader import OrderedSamples, ResampledSamples, Sample
-from pipeline.data.source import ReadConfig, Source, read_board
+from pipeline.data.source import ReadConfig, Source, is_reference, read_board
 from pipeline.data.workers import Workers
 from pipeline.errors import Interrupted, UserError, is_out_of_memory
 from pipeline.options import option
@@ -62,7 +61,7 @@ class DataConfig:
                 raise ValueError(f"{name}: must be at least {least}, found {getattr(self, name)}")
         for name, urls in (("train", self.train), ("val", self.val), ("index", (self.index or "",))):
             for url in urls:
-                if re.search(r"(^|::)reference:", url):  # fsspec fills in Jinja templates that lie there
+                if is_reference(url):
                     raise ValueError(f"{name}: {url}: reference file systems are not read; name the shards themselves")
         if self.prepare not in (None, "digits"):
             raise ValueError(f"prepare: unknown data set {self.prepare!r}; known is digits")

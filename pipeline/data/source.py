@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import random
+import re
 import select
 import signal
 import stat
@@ -302,6 +303,11 @@ def is_http(url: str) -> bool:
 
 def is_pipe(url: str) -> bool:
     return url.startswith("pipe:")
+
+
+def is_reference(url: str) -> bool:
+    """Whether fsspec would fill in the Jinja templates of a file that the URL names."""
+    return re.search(r"(^|::)reference:", url) is not None
 
 
 def call(filesystem: Any, method: str, timeout_seconds: float, *args: Any, **kwargs: Any) -> Any:

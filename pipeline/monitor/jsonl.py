@@ -14,17 +14,18 @@ import os
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.files import no_link, sync, write_durably
 from pipeline.monitor.sink import Sink
-from pipeline.parsing import read_json
+from pipeline.parsing import NotRegular, open_regular, read_json
 
 HEALTH = "health.jsonl"
 PATTERNS = ("metrics.jsonl", HEALTH, "quarantine.jsonl", "samples-rank*.jsonl")
 RESTARTED = "restarted-logs.json"
 CHUNK = 1 << 22
+MAX_LINE_BYTES = 16 << 20  # a rank's samples of a step take 200 bytes each
 BEGINNING = {"nbytes": 0, "blake2b": hashlib.blake2b(digest_size=16).hexdigest(), "pending": ""}
 
 
@@ -72,7 +73,7 @@ class Lines:
 
     def _begin(self) -> None:
         if not self.begun and os.path.exists(self.path):
-            with open(self.path, "rb") as file:
+            with _open_log(self.path) as file:
                 while chunk := file.read(CHUNK):
                     self._took(chunk)
         self.begun = True
@@ -103,11 +104,19 @@ class JsonLines(Sink):
 def read_lines(path: str) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines that have a step, if there is such a file. Damaged lines are left out."""
     if os.path.exists(path):
-        with open(path, "rb") as file:
-            for line in file:
+        with _open_log(path) as file:
+            while line := file.readline(MAX_LINE_BYTES):
                 entry = _parsed(line)
                 if entry is not None:
                     yield entry
+
+
+def _open_log(path: str) -> BinaryIO:
+    """Raises UserError where a log is a device or a named pipe, on which a read might never end."""
+    try:
+        return open_regular(path)
+    except NotRegular as error:
+        raise UserError(f"{path}: {error.strerror}; move it away") from None
 
 
 def restore_logs(
@@ -155,13 +164,13 @@ def restore_logs(
 def _kept(path: str, state: dict[str, Any] | None, step: int, left_out: Container[int]) -> Iterator[bytes]:
     """What stays of a log."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb")) if os.path.exists(path) else io.BytesIO()
+        file = stack.enter_context(_open_log(path)) if os.path.exists(path) else io.BytesIO()
         left = state["nbytes"] if state else 0
         while chunk := file.read(min(left, CHUNK)):
             yield chunk
             left -= len(chunk)
         yield state["pending"].encode() if state else b""
-        for line in file:
+        while line := file.readline(MAX_LINE_BYTES):
             entry = _parsed(line)
             if entry is not None and (entry["step"] in left_out or (state is None and entry["step"] <= step)):
                 yield line
@@ -171,7 +180,7 @@ def _check(path: str, state: dict[str, Any], step: int) -> None:
     if not os.path.exists(path):
         return
     digest, left = hashlib.blake2b(digest_size=16), state["nbytes"]
-    with open(path, "rb") as file:
+    with _open_log(path) as file:
         while left and (chunk := file.read(min(left, CHUNK))):
             digest.update(chunk)
             left -= len(chunk)
@@ -201,5 +210,5 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
         return entry if line.endswith(b"\n") and isinstance(entry["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.data import pixels
-from pipeline.data.augment import color_jitter, rand_augment, random_erasing, resize, three_augment
+from pipeline.data.augment import color_jitter, rand_augment, random_erasing, resize, shift, three_augment
 from pipeline.data.index import load_index
 from pipeline.data.loader import DataConfig, Loader, train_stream
 from pipeline.runtime import Ranks
@@ -311,6 +311,10 @@ def test_augmented_batches_do_not_depend_on_workers(digits):
     ("module", "options", "message"),
     [
         (rand_augment, {"ops": -1}, "ops: must not be negative"),
+        (rand_augment, {"ops": 10**12}, "ops: must be at most 100"),
+        (shift, {"pixels": -1}, "pixels: expected 0 to 1024"),
+        (shift, {"pixels": 10**6}, "pixels: expected 0 to 1024"),
+        (three_augment, {"max_radius": 1e6}, "min_radius: expected 0 < min_radius <= max_radius <= 100"),
         (rand_augment, {"flavour": "timm", "magnitude": 15.0}, "magnitude: expected 0 to 10"),
         (rand_augment, {"increasing": True}, "increasing: only flavour timm"),
         (three_augment, {"min_radius": 0.0}, "min_radius: expected 0 <"),

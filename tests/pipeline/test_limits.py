@@ -23,6 +23,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from pipeline import checkpoint
+from pipeline.audit import last_step, logged_samples
 from pipeline.config import load_config
 from pipeline.data.decode import MAX_JPEG_SCANS, decode
 from pipeline.data.index import RECORD, _check_of, load_index, load_records, read_classes, write_index
@@ -30,6 +31,7 @@ from pipeline.data.tar import parse_tar, scan_shard, split_name
 from pipeline.data.write import WriteConfig, write_shards
 from pipeline.engine import TrainingState, check_weights
 from pipeline.errors import UserError, shorten
+from pipeline.monitor.jsonl import read_lines
 from pipeline.parsing import parse_json, parse_yaml
 from pipeline.weights import read_weights
 from vit.model import ViT, ViTConfig
@@ -408,6 +410,20 @@ def test_a_checkpoint_holds_no_links_out_of_it_nor_devices(saved, tmp_path, name
     assert f"{name} is a link out of the checkpoint" in message or "not a regular file" in message
 
 
+def test_a_checkpoint_in_the_cache_of_huggingface_hub_is_whole(saved, tmp_path):
+    blobs, snapshot = tmp_path / "models--me--vit/blobs", tmp_path / "models--me--vit/snapshots/4b825dc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(saved.iterdir())):
+        file.rename(blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    checkpoint.require(str(snapshot))
+    (blobs / "0").rename(tmp_path / "elsewhere")
+    (blobs / "0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link out of the checkpoint"):
+        checkpoint.require(str(snapshot))
+
+
 def test_a_state_of_wrong_types_is_damaged(saved):
     for key, value in (("step", "3"), ("updates", -1), ("evaluation", [1]), ("classes", [1]), ("config", 5)):
         facts = {"step": 3, "updates": 3, "evaluation": {}, key: value}
@@ -415,6 +431,39 @@ def test_a_state_of_wrong_types_is_damaged(saved):
         change_manifest(saved, lambda files: files.update({"state.json": checkpoint._facts(str(saved / "state.json"))}))
         with pytest.raises(UserError, match=f"state.json: ValueError: {key}: found .*, expected"):
             checkpoint.require(str(saved))
+
+
+# ---- logs of a run that an audit reads
+
+
+def lines_of(path):
+    return list(read_lines(str(path)))
+
+
+def test_logs_are_read_within_limits(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.symlink_to("/dev/zero")
+    assert "not a regular file" in attack(lines_of, log)
+    log.unlink()
+    os.mkfifo(log)
+    assert "not a regular file" in attack(lines_of, log)
+    log.unlink()
+    log.write_bytes(b"[" * 100_000 + b'\n{"step": 1}\n')
+    assert outcome(lines_of, log) == ("result", "[{'step': 1}]")
+    os.truncate(log, 1 << 30)
+    assert outcome(lines_of, log) == ("result", "[{'step': 1}]")
+
+
+@pytest.mark.parametrize(
+    "row", [{"step": 10**15, "samples": []}, {"step": 0, "samples": []}, {"step": 1}, {"step": 1, "samples": [1]}]
+)
+def test_an_audit_refuses_impossible_rows_of_a_log(tmp_path, row):
+    log = tmp_path / "samples-rank0.jsonl"
+    log.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="expected a step from 1 to 10000000 and the names of its samples"):
+        list(logged_samples(str(log)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 1000000000000000}\n')
+    assert last_step(str(tmp_path)) == 3
 
 
 # ---- configs
@@ -429,7 +478,7 @@ CONFIGS = {
     "merges": (MERGES, "its aliases stand for more than 100000 values"),
     "an alias of itself": ("run: &a [*a]", "line 1: an alias refers to a value that it is a part of"),
     "deep": ("run: " + "[" * 50_000, "nested too deep"),
-    "large": ("run: {dir: " + "x" * 300_000 + "}", "it has 300012 bytes, expected at most 65536"),
+    "large": ("run: {dir: " + "x" * 300_000 + "}", "it has 300012 bytes, expected at most 262144"),
     "a long value": ("run: {steps: 1}\ndata: {workers: '" + "x" * 50_000 + "'}", "data.workers: expected a whole"),
     "a long key": ("x" * 1000 + "y: 1", "unknown key; known here are"),
     "a large section": ("run: {steps: 1}\ndata: [" + "1, " * 20_000 + "]", "data: expected a section with"),
@@ -450,6 +499,13 @@ def test_configs_are_read_within_limits(tmp_path, name):
     message = attack(load_config, str(path))
     assert message.startswith(f"{path}: ")
     assert problem in message
+
+
+def test_a_config_may_name_thousands_of_shards_one_by_one(tmp_path):
+    urls = [f"/mnt/lustre/projects/imagenet/wds/train/imagenet-train-{n:06d}.tar" for n in range(2048)]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"run": {"steps": 1}, "data": {"train": urls}}))
+    assert load_config(str(path)).data.train == tuple(urls)
 
 
 def test_devices_and_pipes_are_no_configs(tmp_path):

@@ -18,14 +18,14 @@ from pipeline import evaluate as evaluating
 from pipeline import export as exporting
 from pipeline.build import build_model
 from pipeline.config import ALLOW_PIPE_VARIABLE, load_config, load_data_config, to_tree
-from pipeline.data.index import write_file, write_index
+from pipeline.data.index import expand_urls, write_file, write_index
 from pipeline.data.source import ReadConfig
 from pipeline.engine import TrainingState
 from pipeline.errors import UserError
 from pipeline.monitor.jsonl import Lines, restore_logs
 from pipeline.monitor.tensorboard import TensorBoard
 from pipeline.report import dry_run
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, create_folder
 from pipeline.runtime import Ranks
 from pipeline.shards import main as shards
 from pipeline.weights import fit_weights
@@ -163,6 +163,13 @@ def test_a_config_cannot_name_a_file_of_templates(url):
             load_config(DIGITS, [f"{option}={url}"])
 
 
+@pytest.mark.parametrize("url", ["{reference,reference}://x.tar", "ref{e..e}rence::r.json"])
+def test_braces_hide_no_file_of_templates(url):
+    config = load_config(DIGITS, [f"data.train={[url]}"])
+    with pytest.raises(UserError, match="reference file systems are not read"):
+        expand_urls(config.data.train)
+
+
 def test_only_training_runs_a_command(trap, marker, tmp_path, capsys):
     """Not the dry run, not a preflight, even where the user allows commands."""
     words = [config_with_pipe(tmp_path, trap), f"run.dir={tmp_path / 'run'}", "data.read.allow_pipe=true"]
@@ -202,6 +209,13 @@ def test_compiled_code_lies_in_private_folders(home):
     for path in (home / ".cache/vit-pretrain", os.environ[caches.INDUCTOR], os.environ[caches.TRITON]):
         assert mode(path) == 0o700
     caches.use_private_caches(compiles=True)
+
+
+def test_without_a_home_no_cache_lies_in_the_working_directory(home, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a uid without an entry in passwd
+    monkeypatch.setattr(caches, "_prepare", lambda folder: None)
+    caches.use_private_caches(compiles=True)
+    assert os.path.isabs(os.environ[caches.INDUCTOR])
 
 
 def planted_link(folder):
@@ -357,6 +371,12 @@ def test_a_run_directory_is_private_unless_the_user_opens_it(tmp_path, words, ex
     path.chmod(0o755)  # by its owner, later
     start()
     assert mode(path) == 0o755
+
+
+def test_a_run_directory_keeps_the_group_of_its_project(tmp_path):
+    tmp_path.chmod(0o2775)
+    create_folder(str(tmp_path / "new"), 0o750)
+    assert mode(tmp_path / "new") == 0o2750
 
 
 def test_a_folder_that_a_launcher_has_made_becomes_private_and_no_other(tmp_path):

@@ -35,6 +35,8 @@ SHARED = (
 )  # fmt: skip
 OPERATIONS = {"tf": (*SHARED, "Cutout"), "timm": SHARED}
 
+MOST_OPS = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -48,6 +50,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.ops < 0:
             raise ValueError(f"ops: must not be negative, found {self.ops}")
+        if self.ops > MOST_OPS:
+            raise ValueError(f"ops: must be at most {MOST_OPS}, found {self.ops}")
         if self.magnitude < 0 or (self.flavour == "timm" and self.magnitude > 10):
             raise ValueError(f"magnitude: expected 0 to 10 (flavour tf goes beyond), found {self.magnitude}")
         if self.increasing and self.flavour == "tf":

@@ -7,6 +7,8 @@ import numpy as np
 from pipeline.data import pixels
 from pipeline.options import option
 
+MOST_RADIUS = 100.0  # time grows with it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -14,9 +16,10 @@ class Config:
     max_radius: float = option(2.0, "largest standard deviation of the blur in pixels")
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.min_radius <= self.max_radius:
+        if not 0.0 < self.min_radius <= self.max_radius <= MOST_RADIUS:
             raise ValueError(
-                f"min_radius: expected 0 < min_radius <= max_radius, found {self.min_radius}, {self.max_radius}"
+                f"min_radius: expected 0 < min_radius <= max_radius <= {MOST_RADIUS}, found {self.min_radius},"
+                f" {self.max_radius}"
             )
 
     def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
