@@ -184,9 +184,9 @@ print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1
     ("spoil", "message"),
     [
         (lambda text: text.replace('"format": 3', '"format": 2'), "written in format 2, expected 3"),
-        (lambda text: "{", r"damaged: Expecting property name .* line 1 column 2 \(char 1\)"),
+        (lambda text: "{", "damaged: its content does not match its checksum"),
         (lambda text: text.replace('"samples": 3', '"samples": 2'), "damaged: its content does not match its checksum"),
-        (lambda text: text[:-3], r"damaged: Expecting ',' delimiter: line \d+ column \d+ \(char \d+\)"),
+        (lambda text: text[:-3], "damaged: its content does not match its checksum"),
     ],
     ids=["format", "garbage", "changed", "cut"],
 )
