@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class TensorBoard(Sink):
         import torch.utils.tensorboard  # noqa: F401  # if it is missing, the run fails here, at its start
 
         self.path, self.first_step = path, start_step + 1
+        self.opened_at = 0  # seconds since the epoch
         self.writer: Any = None  # None: all that is pending must be written
         # The calls that may not have reached a file, and all others of the newest step, since a new file hides what
         # older files have from its first step on.
@@ -91,6 +93,9 @@ class TensorBoard(Sink):
         finally:
             with contextlib.suppress(OSError):
                 os.remove(probe)
+        while int(time.time()) == self.opened_at:
+            time.sleep(0.05)  # files are read in the order of their names, which hold the second
+        self.opened_at = int(time.time())
         writer = SummaryWriter(self.path, purge_step=max(self.first_step, self.pending[0][0]))
         for _, add in self.pending:
             add(writer)
