@@ -82,6 +82,7 @@ def reference(data) -> list[Sample] | None:
     file, and unknown types of members.
     """
     samples: list[Sample] = []
+    data = padded_with_zeros(data)
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
@@ -102,6 +103,18 @@ def reference(data) -> list[Sample] | None:
     except (tarfile.TarError, ValueError, OSError, OverflowError):
         return None
     return samples if len(rest) >= 1024 and not rest.strip(b"\0") else None
+
+
+def padded_with_zeros(data):
+    """With zeros behind pax records. They say where they end; since 2024 tarfile refuses anything else behind them."""
+    new = bytearray(data)
+    for begin in headers(data):
+        info = tarfile.TarInfo.frombuf(data[begin : begin + 512], "utf-8", "surrogateescape")
+        if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and 0 <= info.size < len(data):
+            end = begin + 512 + info.size
+            padding = min(-info.size % 512, max(len(data) - end, 0))
+            new[end : end + padding] = bytes(padding)
+    return bytes(new)
 
 
 def truth(sample: Sample) -> tuple[str, bytes, int] | None:
