@@ -522,6 +522,8 @@ class Server:
                 begin, end = (int(span[1]), min(int(span[2]) + 1, size)) if span else (0, size)
                 self.send_response(206 if span else 200)
                 self.send_header("Content-Length", str(end - begin))
+                if span:
+                    self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
                 self.end_headers()
                 if body:
                     with open(path, "rb") as file, contextlib.suppress(OSError):  # the reader may be gone

@@ -6,6 +6,7 @@ the server or go where the user allows, and never from elsewhere into the local 
 
 import contextlib
 import fnmatch
+import http.client
 import ipaddress
 import os
 import re
@@ -270,6 +271,37 @@ def _ended_within(seconds: float, find_socket: Callable[[], Any]) -> Iterator[No
         raise TimeoutError(f"no end within {seconds:.3g} s")
 
 
+class _Lines:
+    """What http.client reads a response's headers from. Remembers the last line."""
+
+    def __init__(self, file: Any):
+        self.file, self.last = file, b""
+
+    def readline(self, limit: int = -1) -> bytes:
+        self.last = self.file.readline(limit)
+        return self.last
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response whose headers have an end: http.client takes those of a broken connection for whole."""
+
+    fp: Any
+
+    def begin(self) -> None:
+        file = self.fp
+        self.fp = lines = _Lines(file)
+        try:
+            super().begin()
+        finally:
+            if self.fp is lines:
+                self.fp = file
+        if not lines.last:
+            raise ConnectionResetError("the connection ended within the headers")
+
+
 @lru_cache(maxsize=16)
 def _connections(process: int, allowed: frozenset[str] | None) -> Any:
     """A pool of connections for each process: a forked child must not share its parent's.
@@ -282,6 +314,7 @@ def _connections(process: int, allowed: frozenset[str] | None) -> Any:
     class Guarded(HTTPConnection):
         """A connection with a limit on the whole time of each phase, that looks where it leads before it is made."""
 
+        response_class = _Response
         handle: socket.socket | None = None  # the socket stays within reach while TLS wraps it
         place = "public"
 

@@ -419,24 +419,27 @@ def slow_down(processes, share, seconds):
 def test_a_rank_slowed_by_30_percent_is_named_at_the_next_log_step(digits, tmp_path, what, share, words, reason):
     """Rank 1, or its data workers, stand still 3 ms at a time: a forward pass, or a step without data, takes longer."""
     words = [*words, "run.log_every_steps=20", "monitor=[jsonl]", "data.global_batch_size=128"]
-    run = tmp_path / "run"
-    ranks = two(digits, run, *words, environ=ONE_THREAD)
-    until(lambda: last_step(str(run)) >= 20, pause=0.5)  # or it would be us who slow a rank down
-    rank = psutil.Process(ranks[1].pid)
-    processes = [rank] if what == "rank" else rank.children()
-    slowed = first = last_step(str(run))
-    while first == slowed:
-        slow_down(processes, share, seconds=0.2)
-        first = last_step(str(run))
-    while last_step(str(run)) < first + 20:  # an interval in which it was slow all the time
-        slow_down(processes, share, seconds=0.5)
-    for process in ranks:
-        process.send_signal(signal.SIGTERM)
-    output = ranks[0].communicate(timeout=120)[0]
-    ranks[1].communicate(timeout=120)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    told = re.findall(rf"step (\d+): rank (\d) \(\S+: CPU\) is slow: {reason}", output)
-    named = {rank for step, rank in told if slowed < int(step) <= first + 20}
+    for trial in range(3):
+        run = tmp_path / f"run{trial}"
+        ranks = two(digits, run, *words, environ=ONE_THREAD)
+        until(lambda: last_step(str(run)) >= 20, pause=0.5)  # noqa: B023  # or it would be us who slow a rank down
+        rank = psutil.Process(ranks[1].pid)
+        processes = [rank] if what == "rank" else rank.children()
+        slowed = first = last_step(str(run))
+        while first == slowed:
+            slow_down(processes, share, seconds=0.2)
+            first = last_step(str(run))
+        while last_step(str(run)) < first + 20:  # an interval in which it was slow all the time
+            slow_down(processes, share, seconds=0.5)
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        output = ranks[0].communicate(timeout=120)[0]
+        ranks[1].communicate(timeout=120)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told = re.findall(rf"step (\d+): rank (\d) \(\S+: CPU\) is slow: {reason}", output)
+        named = {rank for step, rank in told if slowed < int(step) <= first + 20}
+        if not any(rank == "1" and int(step) <= slowed for step, rank in told):
+            break  # else this machine had slowed it before, and a rank that stays slow is named once
     assert named == {"1"}, (slowed, first, output, lines)
     line = next(line for line in lines if line["step"] == first + 20)
     if what == "rank":

@@ -95,6 +95,19 @@ def test_what_never_ends_is_given_up(serve, what):
     assert time.monotonic() - began < 2.5
 
 
+@pytest.mark.parametrize("cut", [len(OK) // 4, OK.index(b"bytes 0-3") + 8, OK.index(b"\r\n\r\n") + 2])
+def test_headers_that_are_cut_are_asked_for_again(serve, cut):
+    """http.client takes them for whole: a length that is missing, or cut, would look impossible."""
+
+    def answer(request, connection):
+        connection.sendall(OK[:cut] if len(server.requests) == 1 else OK)
+
+    server = serve(answer)
+    with contextlib.closing(Source(ReadConfig(timeout_seconds=5.0, deadline_seconds=20.0))) as source:
+        assert source.read(server.url, 0, 4) == b"data"
+    assert len(server.requests) == 2
+
+
 def test_a_server_that_ignores_ranges_and_sends_without_end_is_given_up(serve):
     server = serve(drip(b"HTTP/1.1 200 OK\r\n\r\n", bytes(1000)))
     began = time.monotonic()
