@@ -107,13 +107,19 @@ def reference(data) -> list[Sample] | None:
 
 def padded_with_zeros(data):
     """With zeros behind pax records. They say where they end; since 2024 tarfile refuses anything else behind them."""
-    new = bytearray(data)
-    for begin in headers(data):
-        info = tarfile.TarInfo.frombuf(data[begin : begin + 512], "utf-8", "surrogateescape")
-        if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and 0 <= info.size < len(data):
-            end = begin + 512 + info.size
-            padding = min(-info.size % 512, max(len(data) - end, 0))
-            new[end : end + padding] = bytes(padding)
+    new, begin = bytearray(data), 0
+    while begin < len(data):
+        try:
+            info = tarfile.TarInfo.frombuf(data[begin : begin + 512], "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            break
+        extended = info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        named = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        has_content = extended or named or info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        end = begin + 512 + (max(info.size, 0) if has_content else 0)
+        begin = min(end + -end % 512, len(data))
+        if extended and end < begin:
+            new[end:begin] = bytes(begin - end)
     return bytes(new)
 
 
