@@ -67,7 +67,7 @@ def _prepare(folder: str) -> str | None:
 
 
 def find_intruder(path: str) -> str | None:
-    """Why somebody else may have written, or may write, what is in a folder; None: nobody else can."""
+    """Returns why another user may write to a folder, or None if only this user can."""
     found = os.lstat(path)
     if stat.S_ISLNK(found.st_mode):
         return "is a link"

@@ -186,7 +186,7 @@ class Engine:
         rank, world_size, seconds = self.ranks.rank, self.ranks.world_size, self.config.timeout_seconds
         alone = world_size == 1
         if alone and not on_gpu and not self.needs_group:
-            return  # gloo listens on a port even where nobody can call
+            return  # gloo opens a port even for a single process
         if alone:
             store = torch.distributed.HashStore()
         else:

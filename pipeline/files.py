@@ -26,7 +26,7 @@ def write_durably(path: str, content: str | bytes | Iterable[bytes]) -> None:
 
 
 def partial_path(path: str) -> str:
-    """A name that nobody can guess, beside `path`: several ranks may write the same file at a time."""
+    """An unpredictable name next to `path`. Several ranks may write the same file at once."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.part")
 
@@ -37,12 +37,12 @@ def is_partial_of(name: str, final: str) -> bool:
 
 
 def new_file(path: str, flags: int) -> int:
-    """An opener for `open`: creates the file, and fails where the name is taken, also by a link."""
+    """An opener for `open` that creates the file and fails if the name exists, even as a link."""
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener for `open`: fails (ELOOP) where the name is a link, and does not wait where it is a named pipe."""
+    """An opener for `open` that fails on links (ELOOP) and does not block on named pipes."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 

@@ -1,4 +1,4 @@
-"""torchrun and `accelerate launch` whose ports only the job's own machines reach.
+"""Starts torchrun or `accelerate launch` without opening ports to machines outside the job.
 
     python -m pipeline.launcher torchrun --nproc-per-node 2 pipeline/train.py ...
     python -m pipeline.launcher accelerate --multi_gpu --num_processes 2 ... pipeline/train.py ...
@@ -47,7 +47,7 @@ READ_SECONDS = 60  # that a node waits for the head of an elastic run
 
 
 class FixedNodes(RendezvousHandler):
-    """A store that is hosted by the head's launcher and has only what nodes and ranks write there as plain text."""
+    """Rendezvous for a fixed set of nodes. The head's launcher hosts the store; nothing in it is pickled."""
 
     def __init__(self, params: RendezvousParameters):
         self.address, self.port = parse_rendezvous_endpoint(params.endpoint, default_port=0)
@@ -102,7 +102,7 @@ class FixedNodes(RendezvousHandler):
 
 
 class SignedBackend(C10dRendezvousBackend):
-    """Torch's, whose callers unpickle the state: hands out what is signed, and nothing else."""
+    """torch's backend, which returns only signed state: its callers unpickle what they get."""
 
     @property
     def name(self) -> str:
@@ -165,7 +165,7 @@ def host(address: str, port: int, seconds: float) -> Any:
 
 
 def closed(args: argparse.Namespace) -> argparse.Namespace:
-    """torchrun's options, with our rendezvous where torch's own would listen on all addresses.
+    """Replaces torch's rendezvous by ours in torchrun's options if it would listen on all addresses.
 
     `accelerate launch` names `static` if nothing was said, and asks for --standalone where port 29500 is taken.
     """
@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(__doc__)
     run = torchrun.run
     torchrun.run = lambda args: run(closed(args))
-    screen_output()  # accelerate prints the command that has failed, whose URLs may hold secrets
+    screen_output()  # accelerate prints the failed command, whose URLs may hold secrets
     sys.argv = arguments  # the launchers read it
     try:
         if arguments[0] == "torchrun":

@@ -41,7 +41,7 @@ class Meeting:
         self.store.set(key, seal(f"{self.name}/{key}", json.dumps(value).encode()).decode())
 
     def _get(self, key: str, writer: str) -> Any:
-        """Raises UserError where another than the ranks has written the value."""
+        """Raises UserError if the value was not written by one of the ranks."""
         value = self.store.get(key)
         if len(value) > MAX_VALUE_BYTES:
             raise UserError(

@@ -462,7 +462,7 @@ def _read_all(path: str, source: Source, most: int = MAX_JSON_BYTES) -> bytes:
             check_size(nbytes, most)
             return source.read(path, 0, nbytes)
         except UserError as error:
-            # What is signed for the shard alone does not open the files beside it, whether or not they are there.
+            # A signature for the shard alone gives no access to the files next to it, whether or not they exist.
             if "not found" in str(error) or ("?" in path and re.search(r"the server says 40[13]\b", str(error))):
                 raise FileNotFoundError(path) from None
             raise

@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 def http_size(url: str, timeout_seconds: float, redirect_hosts: tuple[str, ...] = ()) -> int:
-    """Bytes of the file. Where HEAD is refused (a URL that is signed for GET only), it asks for one byte."""
+    """The file's size in bytes. Requests one byte if the server refuses HEAD, as for URLs signed for GET only."""
     response = _request("HEAD", url, timeout_seconds, {}, redirect_hosts)
     response.release_conn()  # there is no body
     response.close()  # or the connection would wait for it to be read
@@ -190,7 +190,7 @@ def _origin(url: str) -> tuple[str, str, int]:
 
 
 def _redirected(origin: str, location: str, url: str, redirect_hosts: tuple[str, ...]) -> tuple[str, bool]:
-    """Where a redirect leads, and whether the user has named that host.
+    """Returns the target of a redirect, and whether the user listed its host in `redirect_hosts`.
 
     Raises:
         Refused: it leaves the server of `url`, and nobody has allowed that.
@@ -245,7 +245,7 @@ def address_kind(text: str) -> str:
 
 @contextlib.contextmanager
 def _ended_within(seconds: float, find_socket: Callable[[], Any]) -> Iterator[None]:
-    """Shuts the socket down after this time, whatever goes on.
+    """Shuts the socket down after this time, even during a blocking read.
 
     Raises:
         TimeoutError: the time has passed.
@@ -272,7 +272,7 @@ def _ended_within(seconds: float, find_socket: Callable[[], Any]) -> Iterator[No
 
 
 class _Lines:
-    """What http.client reads a response's headers from. Remembers the last line."""
+    """The stream from which http.client reads headers. Remembers the last line."""
 
     def __init__(self, file: Any):
         self.file, self.last = file, b""
@@ -286,7 +286,7 @@ class _Lines:
 
 
 class _Response(http.client.HTTPResponse):
-    """A response whose headers have an end: http.client takes those of a broken connection for whole."""
+    """Rejects headers that a broken connection cut off; http.client accepts them as complete."""
 
     fp: Any
 
@@ -312,7 +312,7 @@ def _connections(process: int, allowed: frozenset[str] | None) -> Any:
     from urllib3.connection import HTTPConnection, HTTPSConnection
 
     class Guarded(HTTPConnection):
-        """A connection with a limit on the whole time of each phase, that looks where it leads before it is made."""
+        """Limits the total time of each phase, and checks the address before it connects."""
 
         response_class = _Response
         handle: socket.socket | None = None  # the socket stays within reach while TLS wraps it
